@@ -1,0 +1,29 @@
+# make demo | test | bench | lint: each makes .venv on first use. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: needs Python 3.10 or newer, $$($(PYTHON) --version) found; try 'make PYTHON=python3.12'"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m detr.demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

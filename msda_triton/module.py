@@ -1,0 +1,90 @@
+"""`MSDeformAttn`: the attention module of Deformable DETR, with the parameters, initialisation and arguments of the original."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from msda_triton.functional import ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention module (Deformable DETR, arXiv 2010.04159, section 4.1 and appendix A.2).
+
+    State-dict keys are those of the original: `sampling_offsets`, `attention_weights`, `value_proj`, `output_proj`.
+
+    Args:
+        d_model: channels of queries and value tokens, divisible by `n_heads`.
+        n_levels: L, number of feature levels. n_heads: M. n_points: P, samples per head and level.
+    """
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"d_model: expected a multiple of n_heads = {n_heads}, got {d_model}")
+        self.im2col_step = 64  # read by callers of the original; nothing here depends on it
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Offsets start as a ring: head m looks in direction 2 pi m / M, point p lies p + 1 steps away; weights start equal."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)  # onto the unit square
+        ring = direction.view(self.n_heads, 1, 1, 2).repeat(1, self.n_levels, self.n_points, 1)
+        ring = ring * torch.arange(1, self.n_points + 1, dtype=torch.float32).view(1, 1, -1, 1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(ring.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor | list[tuple[int, int]],
+        input_level_start_index: Tensor | None = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from every query to the sampled points.
+
+        Args:
+            query: [B, Q, C].
+            reference_points: [B, Q, L or 1, 2] points (x, y), or [B, Q, L or 1, 4] boxes (cx, cy, w, h); in [0, 1] of the
+                padded image.
+            input_flatten: [B, S, C], the levels' tokens one after the other.
+            input_spatial_shapes: [L, 2] (H, W). input_level_start_index: [L], or None for levels in order.
+            input_padding_mask: [B, S] bool, True on padding.
+        Returns:
+            [B, Q, C].
+        """
+        B, Q, _ = query.shape
+        S = input_flatten.shape[1]
+        M, L, P = self.n_heads, self.n_levels, self.n_points
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+        value = value.view(B, S, M, self.d_model // M)
+        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
+        reference = reference_points[:, :, None, :, None]  # [B, Q, 1, L or 1, 1, 2 or 4]
+        if reference_points.shape[-1] == 2:
+            shapes = torch.as_tensor(input_spatial_shapes, device=query.device)
+            locations = reference + offsets / shapes.flip(-1)[None, None, None, :, None]
+        elif reference_points.shape[-1] == 4:
+            locations = reference[..., :2] + offsets / P * reference[..., 2:] * 0.5
+        else:
+            raise ValueError(
+                f"reference_points: expected a last dimension of 2 or 4, got shape {tuple(reference_points.shape)}"
+            )
+        out = ms_deform_attn(value, input_spatial_shapes, locations, weights, level_start_index=input_level_start_index)
+        return self.output_proj(out)
