@@ -1,0 +1,181 @@
+"""One frozen dataclass that says everything about a model and its training run, and the presets of the paper's tables."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Model, loss, data and training of one run. The defaults are Deformable DETR's (arXiv 2010.04159, section 5)."""
+
+    name: str = "deformable_detr_r50"  # preset it came from; for people and file names only
+
+    # model
+    backbone: str = "resnet50"  # one of BACKBONES: torchvision's, or "tiny", a small one to train from scratch
+    dilation: bool = False  # DC5: the last backbone stage keeps stride 16 and dilates instead
+    pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by "tiny")
+    attention: str = "deformable"  # "deformable" samples points; "global" attends to every pixel: plain DETR
+    d_model: int = 256  # channels of queries and tokens; a multiple of 32 (the groups of GroupNorm) and of n_heads
+    n_heads: int = 8  # attention heads M
+    ffn_dim: int = 1024  # hidden channels of the feed-forward blocks
+    enc_layers: int = 6  # encoder layers
+    dec_layers: int = 6  # decoder layers, each with a loss of its own if aux_loss
+    n_levels: int = 4  # feature levels L; 1 takes the last stage only, more than 3 adds stride-2 convolutions
+    enc_points: int = 4  # points K per head and level that an encoder query samples
+    dec_points: int = 4  # the same for a decoder query
+    n_queries: int = 300  # most objects that can be found in an image
+    dropout: float = 0.1  # probability, in every transformer layer
+    refine: bool = False  # iterative box refinement: each decoder layer corrects the boxes of the one before
+    two_stage: bool = False  # queries start from the encoder's best proposals; needs refine
+    aux_loss: bool = True  # losses on every decoder layer, not only the last
+    own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
+
+    # loss
+    class_loss: str = "focal"  # "focal" (sigmoid per class) or "softmax" with one extra class for "no object"
+    cost_class: float = 2.0  # weights of the matching cost
+    cost_bbox: float = 5.0
+    cost_giou: float = 2.0
+    loss_ce: float = 2.0  # weights of the losses
+    loss_bbox: float = 5.0
+    loss_giou: float = 2.0
+    focal_alpha: float = 0.25  # weight of the positives in the focal loss
+    eos_weight: float = 0.1  # weight of "no object" in the softmax loss
+
+    # data
+    image_size: int = 800  # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
+    max_size: int = 1333  # pixels; the longest side stays below this
+    augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip at one size
+
+    # training
+    lr: float = 2e-4  # AdamW learning rate of everything that has no rate of its own
+    lr_backbone: float = 2e-5  # of the backbone; 0 freezes it
+    lr_offsets_mult: float = 0.1  # factor on lr for sampling offsets and reference points
+    weight_decay: float = 1e-4  # AdamW, on every parameter as the original does
+    clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
+    batch_size: int = 32  # images per optimiser step, over all processes
+    epochs: int = 50  # passes over the training images
+    steps: int | None = None  # optimiser steps; if set, they decide and not epochs
+    warmup_steps: int = 0  # linear warm-up from 0 to lr
+    schedule: str = "step"  # "step": x0.1 at 80 % of the run; "cosine": down to 0
+    eval_every: int = 1  # epochs between evaluations
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        choices = {
+            "backbone": BACKBONES,
+            "attention": ("deformable", "global"),
+            "class_loss": ("focal", "softmax"),
+            "augment": ("tiny", "official"),
+            "schedule": ("step", "cosine"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        for field in (
+            *("d_model", "n_heads", "ffn_dim", "dec_layers", "n_levels", "enc_points", "dec_points", "n_queries"),
+            *("image_size", "max_size", "batch_size", "epochs", "eval_every"),
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
+        if self.d_model % 32 or self.d_model % self.n_heads:
+            raise ValueError(f"d_model: expected a multiple of 32 and of n_heads = {self.n_heads}, got {self.d_model}")
+        if self.two_stage and not self.refine:
+            raise ValueError("two_stage: needs refine = True, got False")
+        if self.dilation and self.backbone not in ("resnet50", "resnet101"):
+            raise ValueError(f"dilation: needs backbone resnet50 or resnet101, got {self.backbone}")
+        if self.attention == "global" and (self.n_levels > 1 or self.refine or self.own_level_only):
+            raise ValueError('attention: "global" needs n_levels = 1, refine = False and own_level_only = False')
+        if self.class_loss == "softmax" and self.two_stage:
+            raise ValueError('class_loss: two_stage needs "focal", got "softmax"')
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dict of json types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """Inverse of `to_dict`. Fields that are absent take their default.
+
+        Raises:
+            ValueError: unknown field, or a value of the wrong type; the message names the field.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in fields:
+                raise ValueError(f"config: unknown field {name!r}; known: {', '.join(fields)}")
+            allowed = {float: (float, int), int | None: (int, type(None))}.get(fields[name], (fields[name],))
+            # a bool is an int to isinstance
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                expected = " or ".join(kind.__name__ for kind in allowed)
+                raise ValueError(f"config: {name}: expected {expected}, got {value!r}")
+        return cls(**values)
+
+
+# Without a pre-trained backbone one rate for all parameters, warm-up and a decay to 0 learn fastest.
+_TINY = dict(
+    backbone="tiny",
+    pretrained_backbone=False,
+    d_model=64,
+    n_heads=4,
+    ffn_dim=128,
+    enc_layers=2,
+    dec_layers=2,
+    n_levels=3,
+    n_queries=25,
+    dropout=0.0,
+    refine=True,
+    image_size=128,
+    max_size=256,
+    augment="tiny",
+    lr=2e-3,
+    lr_backbone=2e-3,
+    batch_size=8,
+    steps=3000,
+    warmup_steps=100,
+    schedule="cosine",
+)
+_PLAIN = dict(
+    attention="global",
+    n_levels=1,
+    ffn_dim=2048,
+    n_queries=100,
+    class_loss="softmax",
+    cost_class=1.0,
+    loss_ce=1.0,
+    lr=1e-4,
+    lr_backbone=1e-5,
+    batch_size=16,
+    epochs=500,
+)
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _TINY,
+    "tiny_two_stage": _TINY | dict(two_stage=True),
+    "deformable_detr_r50": {},
+    "deformable_detr_r50_refine": dict(refine=True),
+    "deformable_detr_r50_two_stage": dict(refine=True, two_stage=True),
+    "deformable_detr_r50_single_scale": dict(n_levels=1),
+    "deformable_detr_r50_single_scale_dc5": dict(n_levels=1, dilation=True),
+    "detr_r50": _PLAIN,
+    "detr_r50_dc5": _PLAIN | dict(dilation=True),
+    # "DETR-DC5+" of Table 1: focal loss and 300 queries, 50 epochs
+    "detr_r50_dc5_plus": _PLAIN
+    | dict(dilation=True, n_queries=300, class_loss="focal", cost_class=2.0, loss_ce=2.0, epochs=50),
+}
+
+
+def preset(name: str, **overrides: Any) -> Config:
+    """The named preset with some fields replaced.
+
+    Raises:
+        ValueError: unknown preset or field, or values that do not fit together.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return Config.from_dict({"name": name} | PRESETS[name] | overrides)
