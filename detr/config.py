@@ -1,7 +1,7 @@
-"""One frozen dataclass that says everything about a model and its training run, and the presets of the paper's tables."""
+"""One frozen dataclass that says everything about a model and its training, and the presets of the paper's tables."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
@@ -119,7 +119,8 @@ class Config:
 
 
 # Without a pre-trained backbone one rate for all parameters, warm-up and a decay to 0 learn fastest.
-_TINY = dict(
+_TINY = Config(
+    name="tiny",
     backbone="tiny",
     pretrained_backbone=False,
     d_model=64,
@@ -141,7 +142,9 @@ _TINY = dict(
     warmup_steps=100,
     schedule="cosine",
 )
-_PLAIN = dict(
+_DEFORMABLE = Config(name="deformable_detr_r50")
+_PLAIN = Config(
+    name="detr_r50",
     attention="global",
     n_levels=1,
     ffn_dim=2048,
@@ -154,19 +157,23 @@ _PLAIN = dict(
     batch_size=16,
     epochs=500,
 )
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _TINY,
-    "tiny_two_stage": _TINY | dict(two_stage=True),
-    "deformable_detr_r50": {},
-    "deformable_detr_r50_refine": dict(refine=True),
-    "deformable_detr_r50_two_stage": dict(refine=True, two_stage=True),
-    "deformable_detr_r50_single_scale": dict(n_levels=1),
-    "deformable_detr_r50_single_scale_dc5": dict(n_levels=1, dilation=True),
-    "detr_r50": _PLAIN,
-    "detr_r50_dc5": _PLAIN | dict(dilation=True),
-    # "DETR-DC5+" of Table 1: focal loss and 300 queries, 50 epochs
-    "detr_r50_dc5_plus": _PLAIN
-    | dict(dilation=True, n_queries=300, class_loss="focal", cost_class=2.0, loss_ce=2.0, epochs=50),
+# "DETR-DC5+" of Table 1: focal loss, its weights and 300 queries
+_PLUS = {"n_queries": 300, "class_loss": "focal", "cost_class": 2.0, "loss_ce": 2.0, "epochs": 50}
+
+PRESETS: dict[str, Config] = {
+    config.name: config
+    for config in (
+        _TINY,
+        replace(_TINY, name="tiny_two_stage", two_stage=True),
+        _DEFORMABLE,
+        replace(_DEFORMABLE, name="deformable_detr_r50_refine", refine=True),
+        replace(_DEFORMABLE, name="deformable_detr_r50_two_stage", refine=True, two_stage=True),
+        replace(_DEFORMABLE, name="deformable_detr_r50_single_scale", n_levels=1),
+        replace(_DEFORMABLE, name="deformable_detr_r50_single_scale_dc5", n_levels=1, dilation=True),
+        _PLAIN,
+        replace(_PLAIN, name="detr_r50_dc5", dilation=True),
+        replace(_PLAIN, name="detr_r50_dc5_plus", dilation=True, **_PLUS),
+    )
 }
 
 
@@ -178,4 +185,4 @@ def preset(name: str, **overrides: Any) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return Config.from_dict({"name": name} | PRESETS[name] | overrides)
+    return Config.from_dict(PRESETS[name].to_dict() | overrides)
