@@ -1,0 +1,86 @@
+"""Convolutional backbones: torchvision's ResNets with frozen batch norms, and a small one to train from scratch."""
+
+from urllib.error import URLError
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from detr.config import Config
+
+
+class ResNetBackbone(nn.Module):
+    """torchvision ResNet; stem and layer1 are frozen, as in DETR, and everything is if `config.lr_backbone` is 0.
+
+    Its parameters are named as in torchvision, below `body`.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        weights = None
+        if config.pretrained_backbone:
+            # the weights DETR started from; torchvision's newer ones were trained differently
+            weights = torchvision.models.get_model_weights(config.backbone).IMAGENET1K_V1
+        try:
+            body = torchvision.models.get_model(
+                config.backbone,
+                weights=weights,
+                replace_stride_with_dilation=[False, False, config.dilation],
+                norm_layer=FrozenBatchNorm2d,
+            )
+        except URLError as error:
+            raise RuntimeError(
+                f"pretrained_backbone: the weights of {config.backbone} could not be downloaded ({error.reason}); "
+                "set it to false, or give weights from a file"
+            ) from error
+        stages = (body.layer2, body.layer3, body.layer4)[-config.n_levels :]
+        self.channels = [stage[-1].conv2.out_channels * stage[-1].expansion for stage in stages]
+        del body.avgpool, body.fc
+        for name, parameter in body.named_parameters():
+            parameter.requires_grad_(config.lr_backbone > 0 and name.startswith(("layer2", "layer3", "layer4")))
+        self.body = body
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features of the last one to three stages of [B, 3, H, W]: strides 8, 16, 32, or with dilation 8, 16, 16."""
+        body = self.body
+        x = body.layer1(body.maxpool(body.relu(body.bn1(body.conv1(images)))))
+        features = []
+        for stage in (body.layer2, body.layer3, body.layer4):
+            x = stage(x)
+            features.append(x)
+        return features[-len(self.channels) :]
+
+
+class TinyBackbone(nn.Module):
+    """Eight 3x3 convolutions with GroupNorm, which unlike BatchNorm does not depend on a batch of eight."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        widths = (64, 96, 128)
+        self.stem = nn.Sequential(*_conv(3, 16, stride=2), *_conv(16, 32, stride=2))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*_conv(before, width, stride=2), *_conv(width, width))
+            for before, width in zip((32, *widths), widths, strict=False)
+        )
+        self.channels = list(widths[-config.n_levels :])
+        self.requires_grad_(config.lr_backbone > 0)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Features of strides 8, 16 and 32, or of the last of them, of images [B, 3, H, W]."""
+        x = self.stem(images)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features[-len(self.channels) :]
+
+
+def _conv(before: int, after: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return [conv, nn.GroupNorm(8, after), nn.ReLU(inplace=True)]
+
+
+def build_backbone(config: Config) -> nn.Module:
+    """The backbone of `config.backbone`; its `channels` has one entry for each feature map it returns."""
+    return TinyBackbone(config) if config.backbone == "tiny" else ResNetBackbone(config)

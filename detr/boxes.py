@@ -1,0 +1,41 @@
+"""Box arithmetic: centres and corners, generalised IoU, and the inverse of the sigmoid that boxes pass through."""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Corners (x0, y0, x1, y1) of boxes [..., 4] given as (cx, cy, w, h)."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Inverse of `cxcywh_to_xyxy`."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) * 0.5, high - low], -1)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (arXiv 1902.09630) of boxes given as corners, elementwise over broadcast leading dimensions.
+
+    torchvision's takes two lists of boxes only; this one gives all pairs of a batch for `a[..., :, None, :]` and
+    `b[..., None, :, :]`.
+
+    Args:
+        a, b: [..., 4] (x0, y0, x1, y1).
+    Returns:
+        [...] in [-1, 1]; nan where both boxes have no area and coincide.
+    """
+    size_a, size_b = (box[..., 2:] - box[..., :2] for box in (a, b))
+    area_a, area_b = size_a.prod(-1), size_b.prod(-1)
+    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    union = area_a + area_b - inner
+    return inner / union - (hull - union) / hull
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)) with both terms kept at eps or more, so that 0 and 1 give finite values."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

@@ -1,0 +1,102 @@
+"""The set loss: focal or softmax classification, L1 and generalised IoU, on every decoder layer and proposal."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import sigmoid_focal_loss
+
+from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.config import Config
+from detr.matcher import Match, Matcher, matching_cost
+
+NAMES = ("loss_ce", "loss_bbox", "loss_giou")
+
+
+class Criterion:
+    """Loss of a model's outputs. Every decoder layer, and the first stage, is matched to the objects on its own.
+
+    Shapes as in `detr.matcher`. Computed in float32 whatever the autocast state.
+    """
+
+    def __init__(self, config: Config, num_classes: int):
+        self.config, self.num_classes = config, num_classes
+        self.matcher = Matcher()
+
+    def __call__(
+        self, outputs: dict, targets: list[dict], num_boxes: float | Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total loss and its weighted terms.
+
+        Args:
+            outputs: of the model. targets: a dict for each image, on the same device: labels [T] int64 in 0 .. K - 1 and
+                boxes [T, 4] (cx, cy, w, h) in [0, 1]; T may be 0.
+            num_boxes: divides the sums (the mean of the softmax loss apart). None takes the number of objects in
+                `targets`; in distributed or accumulated training give that of all of them, divided by their number.
+        Returns:
+            The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
+            _0, _1, ... those of the layers before and with _enc those of the proposals.
+        """
+        sizes = [len(target["labels"]) for target in targets]
+        if num_boxes is None:
+            num_boxes = sum(sizes)
+        num_boxes = torch.as_tensor(num_boxes, dtype=torch.float32, device=outputs["boxes"].device).clamp(min=1)
+        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
+        # padding never matches; boxes of ones keep its costs finite
+        boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True, padding_value=1.0)
+
+        layers = [*outputs["aux"], outputs]
+        suffixes = [f"_{l}" for l in range(len(layers) - 1)] + [""]
+        groups = [(_stack(layers), labels)]
+        if "proposals" in outputs:
+            suffixes.append("_enc")
+            groups.append((_stack([outputs["proposals"]]), torch.zeros_like(labels)))  # the first stage has one class
+
+        with torch.autocast(outputs["boxes"].device.type, enabled=False):
+            with torch.no_grad():
+                costs = [matching_cost(*prediction, labels, boxes, self.config) for prediction, labels in groups]
+            matches = self.matcher(costs, sizes)
+            terms = [
+                self._terms(*prediction, labels, boxes, match, num_boxes)
+                for (prediction, labels), match in zip(groups, matches, strict=True)
+            ]
+        terms = torch.cat(terms, 1)  # [3, R of all groups]
+        values = terms.detach().flatten().unbind()
+        names = [name + suffix for name in NAMES for suffix in suffixes]
+        return terms.sum(), dict(zip(names, values, strict=True))
+
+    def _terms(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        target_boxes: Tensor,
+        match: Match,
+        num_boxes: Tensor,
+    ) -> Tensor:
+        """Weighted loss_ce, loss_bbox and loss_giou [3, R] of matched predictions [R, B, N, ...]."""
+        R = logits.shape[0]
+        r = torch.arange(R, device=logits.device)[:, None]
+        # the class of each box, the one past the last where nothing is matched
+        classes = labels.new_full(logits.shape[:3], self.num_classes)
+        classes[r, match.image, match.query] = labels[match.image, match.target]
+        if self.config.class_loss == "softmax":
+            weight = logits.new_ones(self.num_classes + 1)
+            weight[-1] = self.config.eos_weight
+            entropy = F.cross_entropy(logits.float().movedim(-1, 1), classes, weight, reduction="none")
+            loss_ce = entropy.flatten(1).sum(1) / weight[classes].flatten(1).sum(1)
+        else:
+            one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].float()
+            loss_ce = sigmoid_focal_loss(logits.float(), one_hot, self.config.focal_alpha, gamma=2)
+            loss_ce = loss_ce.flatten(1).sum(1) / num_boxes
+        predicted, wanted = boxes[r, match.image, match.query].float(), target_boxes[match.image, match.target]
+        loss_bbox = (predicted - wanted).abs().sum((1, 2)) / num_boxes
+        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        loss_giou = (1 - giou).sum(1) / num_boxes
+        config = self.config
+        return torch.stack([config.loss_ce * loss_ce, config.loss_bbox * loss_bbox, config.loss_giou * loss_giou])
+
+
+def _stack(predictions: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits [R, B, N, K] and boxes [R, B, N, 4] of R predictions."""
+    return torch.stack([p["logits"] for p in predictions]), torch.stack([p["boxes"] for p in predictions])

@@ -1,0 +1,31 @@
+"""From the model's output to scored boxes in pixels."""
+
+import torch
+from torch import Tensor
+
+from detr.boxes import cxcywh_to_xyxy
+
+
+def postprocess(outputs: dict, orig_sizes: Tensor, top_k: int = 100) -> list[dict[str, Tensor]]:
+    """The `top_k` best (box, class) pairs of each image; with softmax scores the best class of each box.
+
+    Args:
+        outputs: of the model: logits [B, N, K], boxes [B, N, 4], and softmax if the last column is "no object".
+        orig_sizes: [B, 2] integer (h, w) of the images before any resizing, in pixels.
+        top_k: most detections of an image. There is no score threshold and no suppression of duplicates.
+    Returns:
+        For each image, best first: scores [k], labels [k] in 0 .. K - 1, boxes [k, 4] (x0, y0, x1, y1) in pixels.
+    """
+    logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
+    if outputs.get("softmax", False):
+        scores, classes = logits.softmax(-1)[..., :-1].max(-1, keepdim=True)
+    else:
+        scores = logits.sigmoid()
+        classes = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    scores, best = scores.flatten(1).topk(min(top_k, scores[0].numel()))
+    labels = classes.flatten(1).gather(1, best)
+    box = best // classes.shape[-1]
+    height, width = orig_sizes.to(boxes.device).unbind(1)
+    corners = cxcywh_to_xyxy(boxes.gather(1, box[..., None].expand(-1, -1, 4)))
+    corners = corners * torch.stack([width, height, width, height], 1)[:, None]
+    return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, corners, strict=True)]
