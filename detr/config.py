@@ -61,6 +61,7 @@ class Config:
     warmup_steps: int = 0  # linear warm-up from 0 to lr
     schedule: str = "step"  # "step": x0.1 at 80 % of the run; "cosine": down to 0
     eval_every: int = 1  # epochs between evaluations
+    eval_steps: int | None = None  # optimiser steps between evaluations; if set, they decide and not eval_every
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -80,8 +81,9 @@ class Config:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        for field in ("steps", "eval_steps"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
         if self.d_model % 32 or self.d_model % self.n_heads:
@@ -139,6 +141,7 @@ _TINY = Config(
     lr_backbone=2e-3,
     batch_size=8,
     steps=3000,
+    eval_steps=500,
     warmup_steps=100,
     schedule="cosine",
 )
