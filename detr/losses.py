@@ -29,10 +29,11 @@ class Criterion:
         """Total loss and its weighted terms.
 
         Args:
-            outputs: of the model. targets: a dict for each image, on the same device: labels [T] int64 in 0 .. K - 1 and
-                boxes [T, 4] (cx, cy, w, h) in [0, 1]; T may be 0.
-            num_boxes: divides the sums (the mean of the softmax loss apart). None takes the number of objects in
-                `targets`; in distributed or accumulated training give that of all of them, divided by their number.
+            outputs: of the model.
+            targets: a dict for each image, on the same device: labels [T] int64 in 0 .. K - 1, and boxes [T, 4] as
+                (cx, cy, w, h) in [0, 1]; T may be 0.
+            num_boxes: divides the sums over boxes. None takes the number of objects in `targets`; where gradients are
+                averaged over processes or batches, give the mean number of objects over all of them.
         Returns:
             The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
             _0, _1, ... those of the layers before and with _enc those of the proposals.

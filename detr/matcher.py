@@ -51,7 +51,7 @@ def matching_cost(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: T
 class Matcher:
     """Solves the assignments of a step on the CPU, after one copy of all their costs.
 
-    A cost that is not finite counts as dearer than every finite one; `nonfinite` counts them, and they are warned of.
+    A cost that is not finite counts as dearer than every finite one; `nonfinite` counts them and each step warns once.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,13 @@ class Matcher:
         """Match each of `costs`, [R, B, N, T] with any R and N; only the first `sizes[b]` objects of image b exist."""
         flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
         ends = np.cumsum([cost.numel() for cost in costs])
-        arrays = (part.reshape(cost.shape) for part, cost in zip(np.split(flat, ends[:-1]), costs, strict=True))
-        return [self._match(array, sizes, costs[0].device) for array in arrays]
+        arrays = [part.reshape(cost.shape) for part, cost in zip(np.split(flat, ends[:-1]), costs, strict=True)]
+        before = self.nonfinite
+        matches = [self._match(array, sizes, costs[0].device) for array in arrays]
+        if self.nonfinite > before:
+            message = f"matching cost: {self.nonfinite - before} entries not finite, {self.nonfinite} so far"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return matches
 
     def _match(self, cost: np.ndarray, sizes: list[int], device: torch.device) -> Match:
         R, _, N, _ = cost.shape
@@ -80,6 +85,5 @@ class Matcher:
         if finite.all():
             return cost
         self.nonfinite += int((~finite).sum())
-        warnings.warn(f"matching cost: {self.nonfinite} entries so far were not finite", RuntimeWarning, stacklevel=4)
         cost = cost.astype(np.float64)
         return np.where(finite, cost, 2 * np.abs(cost[finite]).max(initial=0.5))

@@ -69,10 +69,10 @@ class DeformableDETR(nn.Module):
             images: [B, 3, H, W], normalised, padded with zeros at the bottom and the right.
             mask: [B, H, W] bool, True on padding.
         Returns:
-            logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the unpadded image, both float32; aux, a list
-            of dicts with these two for all decoder layers but the last (empty without `config.aux_loss`); proposals, such
-            a dict with one box for each token, if the model has two stages; and softmax, True if logits have a column
-            K for "no object". N is n_queries, or the number of tokens of a two-stage model if that is less.
+            logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the unpadded image, both float32; aux, a
+            list of dicts with these two for all decoder layers but the last (empty without `config.aux_loss`);
+            proposals, such a dict with one box for each token, if the model has two stages; and softmax, True if logits
+            have a column K for "no object". N is n_queries, or for two stages the number of tokens if that is less.
         """
         memory = self.transformer.encode(self._pyramid(images), mask)
         outputs = {"softmax": self.config.class_loss == "softmax"}

@@ -1,0 +1,63 @@
+"""Config and presets: json round trip, the figures of the paper, and one clear error for each bad field."""
+
+import dataclasses
+import json
+
+import pytest
+
+from detr.config import PRESETS, Config, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    config = preset(name)
+    assert config.name == name
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_override_replaces_only_the_named_fields():
+    changed = preset("tiny", n_queries=7, lr=1)
+    assert dataclasses.asdict(changed) == dataclasses.asdict(preset("tiny")) | {"n_queries": 7, "lr": 1}
+
+
+def test_presets_hold_the_published_recipes():
+    base = preset("deformable_detr_r50")
+    assert (base.d_model, base.n_heads, base.ffn_dim, base.enc_layers, base.dec_layers) == (256, 8, 1024, 6, 6)
+    assert (base.n_levels, base.enc_points, base.n_queries, base.dropout) == (4, 4, 300, 0.1)
+    assert (base.lr, base.lr_backbone, base.weight_decay, base.clip_norm) == (2e-4, 2e-5, 1e-4, 0.1)
+    assert (base.loss_ce, base.loss_bbox, base.loss_giou, base.focal_alpha) == (2, 5, 2, 0.25)
+    assert (base.cost_class, base.cost_bbox, base.cost_giou, base.batch_size, base.epochs) == (2, 5, 2, 32, 50)
+    plain = preset("detr_r50")
+    assert (plain.ffn_dim, plain.n_queries, plain.class_loss, plain.eos_weight) == (2048, 100, "softmax", 0.1)
+    assert (plain.lr, plain.lr_backbone, plain.cost_class, plain.loss_ce) == (1e-4, 1e-5, 1, 1)
+    plus = preset("detr_r50_dc5_plus")
+    assert (plus.dilation, plus.n_queries, plus.class_loss, plus.loss_ce, plus.epochs) == (True, 300, "focal", 2, 50)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"n_quries": 5}, "config: unknown field 'n_quries'"),
+        ({"lr": "fast"}, "config: lr: expected float or int, got 'fast'"),
+        ({"refine": 1}, "config: refine: expected bool, got 1"),
+        ({"n_levels": True}, "config: n_levels: expected int, got True"),
+        ({"backbone": "vgg"}, "backbone: expected one of tiny, resnet18, resnet34, resnet50, resnet101, got 'vgg'"),
+        ({"n_levels": 0}, "n_levels: expected at least 1, got 0"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"dropout": 1.0}, "dropout: expected a probability below 1, got 1.0"),
+        ({"d_model": 48}, "d_model: expected a multiple of 32 and of n_heads = 4, got 48"),
+        ({"refine": False, "two_stage": True}, "two_stage: needs refine = True"),
+        ({"dilation": True}, "dilation: needs backbone resnet50 or resnet101, got tiny"),
+        ({"attention": "global"}, 'attention: "global" needs n_levels = 1'),
+        ({"class_loss": "softmax", "two_stage": True}, 'class_loss: two_stage needs "focal", got "softmax"'),
+    ],
+)
+def test_bad_fields(overrides, message):
+    with pytest.raises(ValueError) as error:
+        preset("tiny", **overrides)
+    assert str(error.value).startswith(message)
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match=r"preset: expected one of tiny, .*detr_r50_dc5_plus, got 'huge'"):
+        preset("huge")
