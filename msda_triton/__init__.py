@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159) as Triton kernels, with a PyTorch fallback."""
 
-from msda_triton.functional import ms_deform_attn
+from msda_triton.functional import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_fused
 from msda_triton.module import MSDeformAttn
 
-__all__ = ["MSDeformAttn", "ms_deform_attn"]
+__all__ = ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn", "ms_deform_attn_fused"]
 __version__ = "0.1.0"

@@ -1,17 +1,301 @@
-"""`ms_deform_attn`: what users call. (First version: the formula only.)"""
+"""`ms_deform_attn` and `ms_deform_attn_fused`: validation and the choice of a backend."""
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from msda_triton.reference import ms_deform_attn_reference
+from msda_triton.op import MSDeformAttn, locations_and_weights
+
+BACKENDS = ("auto", "triton", "torch")
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+METHODS = ("default", "discrete", "discrete_h")
 
 
 def ms_deform_attn(
-    value, spatial_shapes, sampling_locations, attention_weights, *, level_start_index=None, backend="auto"
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    level_start_index: Tensor | Sequence[int] | None = None,
+    num_points: Sequence[int] | None = None,
+    method: str = "default",
+    backend: str = "auto",
 ) -> Tensor:
-    shapes = torch.as_tensor(spatial_shapes, device=value.device)
-    starts = None if level_start_index is None else torch.as_tensor(level_start_index, device=value.device)
-    P = sampling_locations.shape[4]
-    return ms_deform_attn_reference(
-        value, shapes, starts, sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4), [P] * shapes.shape[0]
+    """Multi-scale deformable attention: sample, weigh and sum (Deformable DETR, arXiv 2010.04159, equation 3).
+
+    B batch, S = sum of H_l * W_l tokens, Q queries, M heads, D channels per head, L levels, P points per level.
+
+    Args:
+        value: [B, S, M, D], float16, bfloat16, float32 or float64; read in place through any strides whose last is 1.
+        spatial_shapes: [L, 2] (H, W) of the levels: an integer tensor on any device, or pairs of ints.
+        sampling_locations: [B, Q, M, L, P, 2] (x, y), any float dtype; [0, 1] is the level, padding included; what lies
+            outside reads zeros. A location that is NaN or infinite contributes nothing and gets zero gradient.
+        attention_weights: [B, Q, M, L, P], any float dtype.
+        level_start_index: [L] first token of each level; None for levels stored one after the other.
+        num_points: points of each level where they differ (RT-DETRv2, D-FINE); `sampling_locations` is then
+            [B, Q, M, sum(num_points), 2] and `attention_weights` [B, Q, M, sum(num_points)].
+        method: "default" is bilinear, as grid_sample with zeros padding and align_corners=False. "discrete" reads the
+            pixel at floor(location * size + 0.5), clamped to the map, without gradient to the location (RT-DETRv2);
+            "discrete_h" clamps x with H - 1 too, as the original RT-DETRv2 and D-FINE code does (the same on square
+            maps; on wider ones its right part is never read).
+        backend: "auto" takes Triton for tensors on a GPU and the PyTorch fallback elsewhere; "triton" and "torch" never
+            fall back.
+    Returns:
+        [B, Q, M * D] in value's dtype. Coordinates, weights and sums are float32 at least, whatever the inputs.
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    if num_points is None:
+        _check_rank("sampling_locations", sampling_locations, 6, "[B, Q, M, L, P, 2]")
+        _check_rank("attention_weights", attention_weights, 5, "[B, Q, M, L, P]")
+        num_points = [sampling_locations.shape[4]] * sampling_locations.shape[3]
+        if attention_weights.shape[3:] != sampling_locations.shape[3:5]:
+            _raise_shape("attention_weights", sampling_locations.shape[:5], attention_weights)
+        sampling_locations = sampling_locations.flatten(3, 4)
+        attention_weights = attention_weights.flatten(3, 4)
+    else:
+        num_points = list(num_points)
+    _check_samples(value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points)
+    shapes, starts = _levels(value, spatial_shapes, level_start_index, len(num_points))
+    return MSDeformAttn.apply(
+        value, shapes, starts, sampling_locations, attention_weights, None, None, num_points, _method(method),
+        _backend(value, backend),
+    )  # fmt: skip
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    level_start_index: Tensor | Sequence[int] | None = None,
+    value_mask: Tensor | None = None,
+    num_points: Sequence[int] | None = None,
+    method: str = "default",
+    backend: str = "auto",
+) -> Tensor:
+    """`ms_deform_attn` with the softmax, the locations and the padding mask inside the kernel (appendix A.2 to A.4).
+
+    Nothing of the size of the sampling locations is written to memory or saved for backward.
+
+    Args:
+        value, spatial_shapes, level_start_index, num_points, method, backend: as in `ms_deform_attn`.
+        reference_points: [B, Q, L or 1, 2] points (x, y), offsets counting pixels of their level; or [B, Q, L or 1, 4]
+            boxes (cx, cy, w, h), an offset of P points reaching half the box's size. In [0, 1] of the padded image.
+        sampling_offsets: [B, Q, M, L, P, 2] (x, y), as the linear layer gives them.
+        attention_logits: [B, Q, M, L, P], before the softmax over L and P.
+        value_mask: [B, S] bool, True on padding: such tokens read as zeros.
+    Returns:
+        [B, Q, M * D] in value's dtype; gradients reach value, reference_points, sampling_offsets and attention_logits.
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    if num_points is None:
+        _check_rank("sampling_offsets", sampling_offsets, 6, "[B, Q, M, L, P, 2]")
+        _check_rank("attention_logits", attention_logits, 5, "[B, Q, M, L, P]")
+        num_points = [sampling_offsets.shape[4]] * sampling_offsets.shape[3]
+        if attention_logits.shape[3:] != sampling_offsets.shape[3:5]:
+            _raise_shape("attention_logits", sampling_offsets.shape[:5], attention_logits)
+        sampling_offsets = sampling_offsets.flatten(3, 4)
+        attention_logits = attention_logits.flatten(3, 4)
+    else:
+        num_points = list(num_points)
+    _check_samples(value, "sampling_offsets", sampling_offsets, "attention_logits", attention_logits, num_points)
+    L = len(num_points)
+    _check_tensor("reference_points", reference_points, value)
+    B, Q = sampling_offsets.shape[:2]
+    ok = reference_points.dim() == 4 and reference_points.shape[:2] == (B, Q)
+    if not ok or reference_points.shape[2] not in (1, L) or reference_points.shape[3] not in (2, 4):
+        _raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", reference_points)
+    if value_mask is not None:
+        if value_mask.dtype != torch.bool:
+            raise TypeError(f"value_mask: expected a bool tensor (True on padding), got {value_mask.dtype}")
+        if value_mask.shape != value.shape[:2]:
+            _raise_shape("value_mask", value.shape[:2], value_mask)
+        _check_same_device("value_mask", value_mask, value.device)
+    shapes, starts = _levels(value, spatial_shapes, level_start_index, L)
+    method, backend = _method(method), _backend(value, backend)
+    if backend != "triton":
+        if value_mask is not None:
+            value = value.masked_fill(value_mask[:, :, None, None], 0)
+        locations, weights = locations_and_weights(
+            shapes, sampling_offsets, attention_logits, reference_points, num_points
+        )
+        return MSDeformAttn.apply(value, shapes, starts, locations, weights, None, None, num_points, method, backend)
+    return MSDeformAttn.apply(
+        value, shapes, starts, sampling_offsets, attention_logits, reference_points, value_mask, num_points, method,
+        backend,
+    )  # fmt: skip
+
+
+class MSDeformAttnFunction:
+    """Stands for the autograd function of the original CUDA extension; `im2col_step` is accepted and not needed."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        """As `ms_deform_attn`, in the original's order of arguments: [B, S, M, D] -> [B, Q, M * D]."""
+        return ms_deform_attn(
+            value,
+            value_spatial_shapes,
+            sampling_locations,
+            attention_weights,
+            level_start_index=value_level_start_index,
+        )
+
+
+def _raise_shape(name: str, expected, got: Tensor):
+    expected = expected if isinstance(expected, str) else tuple(expected)
+    raise ValueError(f"{name}: expected shape {expected}, got {tuple(got.shape)}")
+
+
+def _check_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
+    if x.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+
+
+def _check_same_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected on value's device {device}, got {x.device}")
+
+
+def _check_tensor(name: str, x: Tensor, value: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    _check_same_device(name, x, value.device)
+
+
+def _check_samples(
+    value: Tensor, locations_name: str, locations: Tensor, weights_name: str, weights: Tensor, num_points
+):
+    """Shapes, dtypes and devices of value [B, S, M, D], locations [B, Q, M, K, 2] and weights [B, Q, M, K]."""
+    _check_rank("value", value, 4, "[B, S, M, D]")
+    for name, x in (("value", value), (locations_name, locations), (weights_name, weights)):
+        _check_tensor(name, x, value)
+    B, _, M, D = value.shape
+    K = sum(num_points)
+    if not num_points or min(num_points) < 1:
+        raise ValueError(f"num_points: expected at least one point for each of at least one level, got {num_points}")
+    if D < 1 or M < 1:
+        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value.shape)}")
+    Q = locations.shape[1] if locations.dim() > 1 else -1
+    if locations.shape != (B, Q, M, K, 2):
+        _raise_shape(locations_name, f"({B}, Q, {M}, L, P, 2) with L * P = {K}", locations)
+    if weights.shape != (B, Q, M, K):
+        _raise_shape(weights_name, f"({B}, {Q}, {M}, L, P) with L * P = {K}", weights)
+
+
+def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> tuple[Tensor, Tensor | None]:
+    """Level sizes and starts as tensors on value's device, checked against S where the host knows them."""
+    shapes, sizes = _integers("spatial_shapes", spatial_shapes, (L, 2), value.device)
+    if level_start_index is None:
+        starts, first = None, None
+    else:
+        starts, first = _integers("level_start_index", level_start_index, (L,), value.device)
+    if sizes is not None and (starts is None or first is not None):
+        S = value.shape[1]
+        tokens = [h * w for h, w in sizes]
+        if starts is None:
+            if sum(tokens) != S:
+                raise ValueError(f"spatial_shapes: expected areas that sum to S = {S} of value, got {list(sizes)}")
+        elif any(f < 0 or f + n > S for f, n in zip(first, tokens, strict=True)):
+            raise ValueError(
+                f"level_start_index: expected levels inside the S = {S} tokens of value, got {list(first)} "
+                f"for spatial_shapes {list(sizes)}"
+            )
+        if any(h < 0 or w < 0 for h, w in sizes):
+            raise ValueError(f"spatial_shapes: expected sizes of at least 0, got {list(sizes)}")
+    return shapes, starts
+
+
+def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple | None]:
+    """x as an integer tensor on the device, and its values if the host has them: no device is ever waited for."""
+    if isinstance(x, Tensor):
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+        if x.shape != shape:
+            _raise_shape(name, shape, x)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            _check_same_device(name, x, device)
+            return x, None
+        values = x.tolist()
+    else:
+        values = [tuple(row) if isinstance(row, Sequence) else row for row in x]
+        lengths = [len(row) for row in values if isinstance(row, tuple)]
+        if len(values) != shape[0] or (len(shape) == 2 and lengths != [2] * shape[0]):
+            raise ValueError(f"{name}: expected {' x '.join(map(str, shape))} integers, got {x!r}")
+    values = tuple(tuple(row) for row in values) if len(shape) == 2 else tuple(values)
+    if not isinstance(x, Tensor) or x.device != device:
+        x = _constant(values, device)
+    return x, values
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    """A small integer tensor on the device; copied there once, so that later calls neither copy nor wait."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _warn_no_triton(device_type: str) -> None:
+    warnings.warn(
+        f"backend='auto': triton is not installed, so tensors on {device_type} take the slow PyTorch fallback; "
+        "pip install triton",
+        stacklevel=4,
     )
+
+
+def _method(method: str) -> str:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    return method
+
+
+def _backend(value: Tensor, backend: str) -> str:
+    """ "triton" or "torch", for "auto" by the device of value."""
+    device = value.device.type
+    if backend == "auto":
+        if device not in TRITON_DEVICES:
+            return "torch"
+        if not _triton_installed():
+            _warn_no_triton(device)
+            return "torch"
+        return "triton"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "triton":
+        if not _triton_installed():
+            raise ValueError("backend: 'triton' needs the package triton, which is not installed")
+        if device not in TRITON_DEVICES and not (device == "cpu" and _interpreting()):
+            raise ValueError(
+                f"backend: 'triton' needs tensors on {' or '.join(TRITON_DEVICES)}, got {device} "
+                "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+            )
+    return backend

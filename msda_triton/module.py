@@ -1,4 +1,4 @@
-"""`MSDeformAttn`: the attention module of Deformable DETR, with the parameters, initialisation and arguments of the original."""
+"""`MSDeformAttn`: the attention module of Deformable DETR, with the original's parameters and initialisation."""
 
 import math
 
@@ -31,7 +31,7 @@ class MSDeformAttn(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Offsets start as a ring: head m looks in direction 2 pi m / M, point p lies p + 1 steps away; weights start equal."""
+        """Offsets start as a ring: head m looks in direction 2 pi m / M, point p lies p + 1 steps away."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -59,8 +59,8 @@ class MSDeformAttn(nn.Module):
 
         Args:
             query: [B, Q, C].
-            reference_points: [B, Q, L or 1, 2] points (x, y), or [B, Q, L or 1, 4] boxes (cx, cy, w, h); in [0, 1] of the
-                padded image.
+            reference_points: [B, Q, L or 1, 2] points (x, y), or [B, Q, L or 1, 4] boxes (cx, cy, w, h); in [0, 1] of
+                the padded image.
             input_flatten: [B, S, C], the levels' tokens one after the other.
             input_spatial_shapes: [L, 2] (H, W). input_level_start_index: [L], or None for levels in order.
             input_padding_mask: [B, S] bool, True on padding.

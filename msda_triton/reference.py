@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a formula in plain PyTorch: the specification that every kernel is tested against.
+"""Multi-scale deformable attention as a formula in plain PyTorch: the specification of every kernel.
 
 The legend of the whole package: B batch, S = sum of H_l * W_l value tokens, Q queries, M heads, D channels per head,
 L levels, P points per level, K = sum of the points over all levels (L * P where every level has P).
@@ -28,7 +28,7 @@ def ms_deform_attn_reference(
     num_points: list[int],
     method: str = "default",
 ) -> Tensor:
-    """out[b, q, m] = sum_k attention_weights[b, q, m, k] * bilinear(value of level(k) and head m, sampling_locations[b, q, m, k]).
+    """out[b, q, m] = sum_k attention_weights[b, q, m, k] * bilinear(value of level(k), sampling_locations[b, q, m, k]).
 
     Differentiable as often as autograd likes; computes in float32 at least and in float64 for float64 inputs.
 

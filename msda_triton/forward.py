@@ -1,0 +1,121 @@
+"""Forward kernel of multi-scale deformable attention, and its launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msda_triton.bilinear import (
+    as_column,
+    corners,
+    load_level,
+    load_offsets,
+    load_pixel,
+    load_reference,
+    load_weight,
+    softmax_rows,
+    to_pixel,
+    unmasked,
+)
+from msda_triton.launch import grid, kernel_arguments
+from msda_triton.tuning import FORWARD_CONFIGS, autotune
+
+
+@autotune(FORWARD_CONFIGS)
+@triton.jit(do_not_specialize=["S", "Q", "q_bucket"])
+def _msda_fwd_kernel(
+    value_ptr, shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr, out_ptr,
+    S, Q, stride_vb, stride_vm, q_bucket,
+    STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
+    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, SPREAD: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
+
+    With REF_DIM 2 or 4, loc holds offsets from a reference point or box, and attn logits of a softmax over l and p.
+    """
+    # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
+    BLOCK_Q: tl.constexpr = min(max(TILE // BLOCK_D, 1), 128)
+    q0 = tl.program_id(0) * BLOCK_Q
+    m = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, BLOCK_Q)
+    row0 = b * Q + q0  # of [B, Q]
+    row = tl.minimum(q, Q - 1 - q0)
+    loc_ptr += (row0 * M + m) * (2 * K) + row * (M * 2 * K)
+    attn_ptr += (row0 * M + m) * K + row * (M * K)
+    d, mask_d = load_offsets(D, BLOCK_D, SPREAD)
+    value_ptr += b * stride_vb + m * stride_vm
+    row_max = 0.0
+    row_scale = 1.0
+    if REF_DIM > 0:
+        row_max, row_scale = softmax_rows(attn_ptr, ACC, K, BLOCK_K)
+        ref_ptr += (row0 + row) * (REF_L * REF_DIM)
+    if mask_ptr is not None:
+        mask_ptr += b * S
+
+    out = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    k = 0
+    next_start = 0
+    for l in range(L):
+        H, W, start, next_start = load_level(shapes_ptr, starts_ptr, l, next_start, S)
+        num_points = P if points_ptr is None else tl.load(points_ptr + l)
+        ref_x, ref_y, step_x, step_y = load_reference(ref_ptr, l, num_points, ACC, REF_DIM, REF_L)
+        level_ptr = value_ptr + start.to(tl.int64) * STRIDE_VS + d
+        mask_level_ptr = None if mask_ptr is None else mask_ptr + start
+        below = W.to(tl.int64) * STRIDE_VS
+        H = H.to(ACC)
+        W = W.to(ACC)
+        for p in tl.range(num_points, loop_unroll_factor=UNROLL):
+            x = to_pixel(tl.load(loc_ptr + 2 * (k + p)).to(ACC), ref_x, step_x, W, REF_DIM, METHOD)
+            y = to_pixel(tl.load(loc_ptr + 2 * (k + p) + 1).to(ACC), ref_y, step_y, H, REF_DIM, METHOD)
+            attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)
+            fx, fy, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W, METHOD)
+            in00 = unmasked(in00, mask_level_ptr, token)
+            # attn * (1 - fy) and attn * fy, then each times (1 - fx) and fx
+            w1 = attn * fy
+            w0 = attn - w1
+            w01 = w0 * fx
+            w11 = w1 * fx
+            top_ptr = level_ptr + as_column(token.to(tl.int64) * STRIDE_VS, d)
+            bottom_ptr = top_ptr + below
+            v00 = load_pixel(top_ptr, as_column(in00, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
+            out += (w0 - w01)[:, None] * v00
+            if METHOD == "default":
+                in01 = unmasked(in01, mask_level_ptr, token + 1)
+                in10 = unmasked(in10, mask_level_ptr, token + W.to(tl.int32))
+                in11 = unmasked(in11, mask_level_ptr, token + W.to(tl.int32) + 1)
+                v01 = load_pixel(top_ptr + STRIDE_VS, as_column(in01, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
+                v10 = load_pixel(bottom_ptr, as_column(in10, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
+                v11 = load_pixel(bottom_ptr + STRIDE_VS, as_column(in11, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
+                out += w01[:, None] * v01
+                out += (w1 - w11)[:, None] * v10
+                out += w11[:, None] * v11
+        k += num_points
+
+    d_out = tl.arange(0, BLOCK_D)[None, :]
+    out_ptr += (row0 * M + m) * D + (q * (M * D))[:, None] + d_out
+    tl.store(out_ptr, out, mask=(q < Q - q0)[:, None] & (d_out < D))
+
+
+def launch_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    num_points: list[int],
+    method: str,
+    reference_points: Tensor | None,
+    value_mask: Tensor | None,
+) -> Tensor:
+    """out [B, Q, M * D] in value's dtype."""
+    B, _, M, D = value.shape
+    Q = weights.shape[1]
+    arguments = kernel_arguments(
+        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask
+    )
+    out = torch.empty(B, Q, M * D, dtype=value.dtype, device=value.device)
+    if out.numel():
+        _msda_fwd_kernel[grid(B, Q, M, D)](**arguments, out_ptr=out)
+    return out

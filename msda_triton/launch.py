@@ -1,0 +1,101 @@
+"""What both launchers hand to their kernels: pointers, sizes, strides and the compile-time constants."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _spread(value: Tensor) -> str:
+    """How a row of channels lies over lanes, see bilinear.py; "plain" where 16-byte accesses do not fit."""
+    D = value.shape[-1]
+    if D % 8 or D < 8:
+        return "plain"
+    if value.dtype == torch.bfloat16:
+        even = value.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in value.stride()[:-1])
+        return "words" if even else "eights"
+    if value.dtype == torch.float16:
+        return "eights"
+    return "halves" if value.dtype == torch.float32 and D & (D - 1) == 0 else "plain"
+
+
+def kernel_arguments(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    num_points: list[int],
+    method: str,
+    reference_points: Tensor | None,
+    value_mask: Tensor | None,
+) -> dict:
+    """The arguments that forward and backward share, by name."""
+    S, M, D = value.shape[1:]
+    Q, K = weights.shape[1], weights.shape[3]
+    L = len(num_points)
+    uniform = len(set(num_points)) == 1
+    spread = _spread(value)
+    if value.stride(-1) != 1:
+        value = value.contiguous()
+    if spread == "words":
+        value = value.view(torch.int32)
+    double = torch.float64 in (value.dtype, locations.dtype, weights.dtype)
+    return {
+        "value_ptr": value,
+        "shapes_ptr": spatial_shapes.contiguous(),
+        "starts_ptr": None if level_start_index is None else level_start_index.contiguous(),
+        "points_ptr": None if uniform else _points_table(tuple(num_points), value.device),
+        "loc_ptr": locations.contiguous(),
+        "attn_ptr": weights.contiguous(),
+        "ref_ptr": None if reference_points is None else reference_points.contiguous(),
+        "mask_ptr": None if value_mask is None else value_mask.contiguous().view(torch.uint8),
+        "S": S,
+        "Q": Q,
+        "stride_vb": value.stride(0),
+        "stride_vm": value.stride(2),
+        "q_bucket": triton.next_power_of_2(Q),
+        "STRIDE_VS": value.stride(1),
+        "M": M,
+        "D": D,
+        "L": L,
+        "P": num_points[0] if uniform else 0,
+        "K": K,
+        "REF_DIM": 0 if reference_points is None else reference_points.shape[-1],
+        "REF_L": 1 if reference_points is None else reference_points.shape[2],
+        "METHOD": method,
+        "ACC": tl.float64 if double else tl.float32,
+        "SPREAD": spread,
+        "BLOCK_D": triton.next_power_of_2(D),
+        "BLOCK_K": triton.next_power_of_2(K),
+    }
+
+
+def grid(B: int, Q: int, M: int, D: int):
+    """One program per tile of queries, head and image."""
+
+    def size(meta):
+        block_q = min(max(meta["TILE"] // meta["BLOCK_D"], 1), 128)
+        return triton.cdiv(Q, block_q), M, B
+
+    return size
+
+
+_POINTS: dict[tuple, Tensor] = {}
+
+
+def _points_table(num_points: tuple[int, ...], device: torch.device) -> Tensor:
+    """[L] int32 on the device; made once, so that later calls copy nothing."""
+    key = (num_points, device)
+    if key not in _POINTS:
+        _POINTS[key] = torch.tensor(num_points, dtype=torch.int32, device=device)
+    return _POINTS[key]
+
+
+def on_device(tensor: Tensor):
+    """Context in which the tensor's device is the current one, where kernels are launched."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)

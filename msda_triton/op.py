@@ -1,0 +1,163 @@
+"""The registered operators `msda_triton::forward` and `::backward`, and the autograd functions around them.
+
+Schemas and fakes are registered at import; Triton is imported when an operator first runs.
+"""
+
+import torch
+from torch import Tensor
+
+from msda_triton.fallback import fallback_backward, fallback_forward
+from msda_triton.reference import ms_deform_attn_reference
+
+_INPUTS = (
+    "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor locations, Tensor weights, "
+    "SymInt[] num_points, str method, Tensor? reference_points, Tensor? value_mask"
+)
+_library = torch.library.Library("msda_triton", "DEF")
+_library.define(f"forward({_INPUTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"backward(Tensor grad_out, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask):
+    from msda_triton.forward import launch_forward
+    from msda_triton.launch import on_device
+
+    with on_device(value):
+        return launch_forward(
+            value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask
+        )
+
+
+def _backward(
+    grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, needs
+):
+    from msda_triton.backward import launch_backward
+    from msda_triton.launch import on_device
+
+    with on_device(value):
+        grads = launch_backward(
+            grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask,
+            needs,
+        )  # fmt: skip
+    # an operator returns tensors only: an empty one stands for a gradient that nobody asked for
+    return tuple(value.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _forward_fake(value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask):
+    return value.new_empty(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+
+
+def _backward_fake(
+    grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, needs
+):
+    inputs = (value, locations, weights, reference)
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else value.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("msda_triton::forward", _forward_fake)
+torch.library.register_fake("msda_triton::backward", _backward_fake)
+_forward_op = torch.ops.msda_triton.forward.default
+_backward_op = torch.ops.msda_triton.backward.default
+
+
+class MSDeformAttn(torch.autograd.Function):
+    """Attention with one pass per direction. Locations are offsets and weights logits if reference points are given."""
+
+    @staticmethod
+    def forward(ctx, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend):
+        ctx.save_for_backward(value, shapes, starts, locations, weights, reference, mask)
+        ctx.options = num_points, method, backend
+        if backend == "triton":
+            return _forward_op(value, shapes, starts, locations, weights, num_points, method, reference, mask)
+        return fallback_forward(value, shapes, starts, locations, weights, num_points, method)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
+        if torch.is_grad_enabled():
+            grads = MSDeformAttnBackward.apply(grad_out, *ctx.saved_tensors, *ctx.options, needs)
+        else:
+            grads = _gradients(grad_out, *ctx.saved_tensors, *ctx.options, needs)
+        grad_value, grad_locations, grad_weights, grad_reference = grads
+        return grad_value, None, None, grad_locations, grad_weights, grad_reference, None, None, None, None
+
+
+class MSDeformAttnBackward(torch.autograd.Function):
+    """The backward of `MSDeformAttn`, whose own gradient goes through the differentiable reference."""
+
+    @staticmethod
+    def forward(
+        ctx, grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend, needs
+    ):
+        ctx.save_for_backward(grad_out, value, shapes, starts, locations, weights, reference, mask)
+        ctx.options = num_points, method, needs
+        return _gradients(
+            grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend, needs
+        )
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        grad_out, value, shapes, starts, locations, weights, reference, mask = ctx.saved_tensors
+        num_points, method, needs = ctx.options
+        with torch.enable_grad():
+            inputs = [
+                None if x is None else x.detach().requires_grad_() for x in (value, locations, weights, reference)
+            ]
+            grad_out = grad_out.detach().requires_grad_()
+            out = reference_attention(inputs[0], shapes, starts, *inputs[1:], mask, num_points, method)
+            wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+            grads = torch.autograd.grad(out, wanted, grad_out, create_graph=True)
+            given = [g for g, need in zip(grad_grads, needs, strict=True) if need]
+            second = [x for x in (grad_out, *inputs) if x is not None]
+            results = iter(torch.autograd.grad(grads, second, given, allow_unused=True))
+        grad_grad_out, value, locations, weights, reference = (
+            None if x is None else next(results) for x in (grad_out, *inputs)
+        )
+        return grad_grad_out, value, None, None, locations, weights, reference, None, None, None, None, None
+
+
+def _gradients(
+    grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend, needs
+):
+    if backend == "triton":
+        grads = _backward_op(
+            grad_out, value, shapes, starts, locations, weights, num_points, method, reference, mask, needs
+        )
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    grads = fallback_backward(grad_out, value, shapes, starts, locations, weights, num_points, method, tuple(needs[:3]))
+    return (*grads, None)
+
+
+def locations_and_weights(
+    spatial_shapes: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, num_points: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Sampling locations [B, Q, M, K, 2] and softmax weights [B, Q, M, K] of the fused inputs, in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(offsets.dtype, reference_points.dtype), torch.float32)
+    offsets, reference = offsets.to(dtype), reference_points.to(dtype)
+    counts = torch.tensor(num_points, device=offsets.device)
+    level = torch.repeat_interleave(torch.arange(len(num_points), device=offsets.device), counts)
+    reference = reference[
+        :, :, None, level if reference.shape[2] > 1 else torch.zeros_like(level)
+    ]  # [B, Q, 1, K, 2 or 4]
+    if reference.shape[-1] == 2:
+        locations = reference + offsets / spatial_shapes.flip(-1)[level]
+    else:
+        locations = reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / counts[level].to(dtype))[:, None])
+    return locations, logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+
+
+def reference_attention(value, shapes, starts, locations, weights, reference, mask, num_points, method) -> Tensor:
+    """The reference for both forms of input."""
+    if reference is not None:
+        locations, weights = locations_and_weights(shapes, locations, weights, reference, num_points)
+    if mask is not None:
+        value = value.masked_fill(mask[:, :, None, None], 0)
+    return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points, method)
