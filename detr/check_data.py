@@ -1,0 +1,220 @@
+"""Every fault of a COCO-format dataset that would spoil a training, found before it starts."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from detr.images import DataError, read_image, read_size
+from detr.progress import progress
+
+# boxes that reach beyond the image by rounding only are clipped, not refused
+_BORDER = 1.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: `kind` groups, `entry` and `field` say where; a fatal one stops a training before it starts."""
+
+    file: str
+    kind: str
+    entry: str
+    field: str
+    message: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.entry, self.field, self.message) if part)
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file.
+
+    Raises:
+        DataError: the file is missing or does not parse; names line and column.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: line {error.lineno} column {error.colno}: not json: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start}: not json: {error.reason}") from None
+
+
+def check_split(json_path: Path, image_dir: Path, decode: bool) -> tuple[Any, list[Problem]]:
+    """The parsed json of a split and all its faults; the image files are looked at if the json has no fatal one.
+
+    Args:
+        decode: read every pixel of the images, not only their headers: finds truncated files.
+
+    Raises:
+        DataError: the json is missing or does not parse.
+    """
+    data = read_json(json_path)
+    problems = check_annotations(data, str(json_path))
+    if not any(problem.fatal for problem in problems):
+        problems += _check_images(data, image_dir, str(json_path), decode)
+    return data, problems
+
+
+def check_annotations(data: Any, file: str) -> list[Problem]:
+    """Faults of a parsed json `file`, the images themselves left aside. Empty if there is none."""
+    if not isinstance(data, dict):
+        return [Problem(file, "structure", "", "", f"expected a json object, got {_short(data)}")]
+    problems = []
+    for field in ("categories", "images", "annotations"):
+        entries = data.get(field)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            problems.append(
+                Problem(file, "structure", "", field, f"expected a list of objects, got {_short(data.get(field))}")
+            )
+        elif not entries:
+            problems.append(Problem(file, "empty", "", field, "the dataset is empty: expected at least one entry"))
+    if any(problem.kind == "structure" for problem in problems):
+        return problems
+    problems += _check_categories(data, file)
+    problems += _check_image_entries(data, file)
+    problems += _check_boxes(data, file)
+    return problems
+
+
+def _check_images(data: dict[str, Any], image_dir: Path, file: str, decode: bool) -> Iterator[Problem]:
+    for entry in progress(data["images"], desc=f"checking {file}", leave=False, delay=2):
+        path = image_dir / entry["file_name"]
+        size = (entry["width"], entry["height"])
+        try:
+            if decode:
+                read_image(path, size)
+            else:
+                stored = read_size(path)
+                if size not in (stored, stored[::-1]):
+                    raise DataError(f"the image is {stored[0]}x{stored[1]} pixels, expected {size[0]}x{size[1]}")
+        except DataError as error:
+            yield Problem(file, "image file", _name("image", entry), "file_name", f"{path}: {error}")
+
+
+def summary(data: dict[str, Any]) -> dict[str, Any]:
+    """Counts of a faultless dataset: images, boxes, those without objects, most in one image, boxes of each class."""
+    per_image = Counter(a["image_id"] for a in data["annotations"])
+    per_class = Counter(a["category_id"] for a in data["annotations"])
+    return {
+        "images": len(data["images"]),
+        "boxes": len(data["annotations"]),
+        "images_without_objects": len(data["images"]) - len(per_image),
+        "most_objects_in_an_image": max(per_image.values(), default=0),
+        "boxes_per_class": {category["name"]: per_class[category["id"]] for category in data["categories"]},
+    }
+
+
+def _check_categories(data: dict[str, Any], file: str) -> Iterator[Problem]:
+    ids, names = set(), set()
+    for i, category in enumerate(data["categories"]):
+        entry = _name("category", category, i)
+        category_id, name = category.get("id"), category.get("name")
+        if not _is_int(category_id):
+            yield Problem(file, "category", entry, "id", f"expected an integer, got {_short(category_id)}")
+        elif category_id in ids:
+            yield Problem(file, "category", entry, "id", "another category has the same id")
+        if not isinstance(name, str) or not name:
+            yield Problem(file, "category", entry, "name", f"expected a text, got {_short(name)}")
+        elif name in names:
+            yield Problem(file, "category", entry, "name", f"another category is called {name!r} too")
+        ids.add(_hashable(category_id))
+        names.add(_hashable(name))
+
+
+def _check_image_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
+    ids = set()
+    for i, image in enumerate(data["images"]):
+        entry = _name("image", image, i)
+        image_id, file_name = image.get("id"), image.get("file_name")
+        if not _is_int(image_id):
+            yield Problem(file, "image", entry, "id", f"expected an integer, got {_short(image_id)}")
+        elif image_id in ids:
+            yield Problem(file, "image", entry, "id", "another image has the same id")
+        ids.add(_hashable(image_id))
+        for field in ("width", "height"):
+            if not _is_int(image.get(field)) or image[field] < 1:
+                got = _short(image.get(field))
+                yield Problem(file, "image", entry, field, f"expected a positive number of pixels, got {got}")
+        if not isinstance(file_name, str) or not file_name:
+            yield Problem(file, "image", entry, "file_name", f"expected a text, got {_short(file_name)}")
+        elif _climbs_out(file_name):
+            yield Problem(file, "image", entry, "file_name", f"{file_name!r} leads out of the image folder")
+
+
+def _check_boxes(data: dict[str, Any], file: str) -> Iterator[Problem]:
+    categories = {_hashable(category.get("id")) for category in data["categories"]}
+    images = {_hashable(image.get("id")): image for image in data["images"]}
+    ids = set()
+    for i, annotation in enumerate(data["annotations"]):
+        entry = _name("annotation", annotation, i)
+        annotation_id = annotation.get("id")
+        if not _is_int(annotation_id):
+            yield Problem(file, "annotation", entry, "id", f"expected an integer, got {_short(annotation_id)}")
+        elif annotation_id in ids:
+            yield Problem(file, "annotation", entry, "id", "another annotation has the same id")
+        ids.add(_hashable(annotation_id))
+        for field, known in (("image_id", images), ("category_id", categories)):
+            value = annotation.get(field)
+            if _hashable(value) not in known:
+                declared = f"none of the {len(known)} that the file declares"
+                yield Problem(file, field, entry, field, f"{_short(value)} is {declared}")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            got = _short(annotation["iscrowd"])
+            yield Problem(file, "annotation", entry, "iscrowd", f"expected 0 or 1, got {got}")
+        area = annotation.get("area", 0)
+        if not _is_number(area) or area < 0:
+            yield Problem(file, "annotation", entry, "area", f"expected square pixels, got {_short(area)}")
+        yield from _check_box(annotation.get("bbox"), images.get(_hashable(annotation.get("image_id"))), file, entry)
+
+
+def _check_box(box: Any, image: dict[str, Any] | None, file: str, entry: str) -> Iterator[Problem]:
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        yield Problem(file, "box", entry, "bbox", f"expected 4 finite numbers x, y, width, height, got {_short(box)}")
+        return
+    x, y, width, height = box
+    if width < 0 or height < 0:
+        yield Problem(file, "box", entry, "bbox", f"expected a width and height of at least 0, got {box}")
+    elif width == 0 or height == 0:
+        yield Problem(file, "zero area", entry, "bbox", f"a box of zero area, {box}", fatal=False)
+    elif image is not None and _is_int(image.get("width")) and _is_int(image.get("height")):
+        right, bottom = image["width"] + _BORDER, image["height"] + _BORDER
+        if x < -_BORDER or y < -_BORDER or x + width > right or y + height > bottom:
+            size = f"{image['width']}x{image['height']}"
+            yield Problem(file, "box", entry, "bbox", f"{box} reaches outside its image of {size} pixels")
+        elif x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
+            yield Problem(file, "zero area", entry, "bbox", f"nothing of {box} is inside its image", fatal=False)
+
+
+def _climbs_out(file_name: str) -> bool:
+    path = PurePosixPath(file_name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or file_name[1:2] == ":"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    # json has NaN, infinities and integers of any length
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _hashable(value: Any) -> Any:
+    """The value itself if it can be an id or a name, else None, which is neither."""
+    return value if isinstance(value, str) or _is_int(value) else None
+
+
+def _name(kind: str, entry: dict[str, Any], position: int | None = None) -> str:
+    """'image 17', by its id; by its position in the list where it has none."""
+    return f"{kind} {entry['id']}" if _is_int(entry.get("id")) else f"{kind} at position {position}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,128 @@
+"""Checkpoints: files that are whole or absent, safe to load, and carry all that a model needs to be used."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr.config import Config
+from detr.model import DeformableDETR, build_model
+
+# of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.engine)
+KEYS = ("config", "class_names", "category_ids", "model")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used; the message names the file and the field."""
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary file beside `path`, then rename: whatever happens, `path` is the old file or the new one.
+
+    Raises:
+        CheckpointError: the disk is full or the folder not writable; an earlier file at `path` stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: not written: {error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds code, or is no checkpoint of `detr train`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the checkpoint is missing") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path}: refused: holds more than tensors and plain values, or is damaged") from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]}: not in the file: no checkpoint of `detr train`")
+    return content
+
+
+def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config, dict[int, str]]:
+    """The model of a checkpoint in evaluation mode, its config, and its classes: raw id -> name, in label order.
+
+    Raises:
+        CheckpointError: as `load`, or weights that do not fit the config that is stored with them.
+    """
+    content = load(path)
+    config = config_of(content, path)
+    model = build_model(config, len(content["class_names"]))
+    load_weights(model, content["model"], path)
+    return model.to(device).eval(), config, classes_of(content)
+
+
+def config_of(content: dict[str, Any], path: Path) -> Config:
+    """The config of a loaded checkpoint; its weights take the place of the backbone's pre-trained ones."""
+    try:
+        return Config.from_dict(content["config"] | {"pretrained_backbone": False})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def classes_of(content: dict[str, Any]) -> dict[int, str]:
+    """Raw category id -> name of a loaded checkpoint, in the order of labels."""
+    return dict(zip(content["category_ids"], content["class_names"], strict=True))
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load all of `weights`, which must fit `model` exactly.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, unknown or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in expected | given:
+        if expected.get(name) != given.get(name):
+            shapes = (str(list(side[name])) if name in side else "no such tensor" for side in (expected, given))
+            raise CheckpointError("{}: of another model: {}: expected {}, got {}".format(path, name, *shapes))
+    model.load_state_dict(weights)
+
+
+def load_pretrained(model: nn.Module, path: Path, class_names: list[str]) -> str:
+    """Start `model` from the checkpoint of a model of the same shape that may know other classes.
+
+    Rows of the class heads are copied by class name; classes that the checkpoint does not know stay as initialised.
+
+    Returns:
+        One line that says what was loaded.
+
+    Raises:
+        CheckpointError: as `load` and `load_weights`.
+    """
+    content = load(path)
+    known = {name: row for row, name in enumerate(content["class_names"])}
+    pairs = [(row, known[name]) for row, name in enumerate(class_names) if name in known]
+    rows, known_rows = (list(column) for column in zip(*pairs, strict=True)) if pairs else ([], [])
+    weights = dict(content["model"])
+    for name, tensor in model.state_dict().items():
+        if name.startswith("class_embed.") and name in weights:
+            head = tensor.clone()
+            # a softmax head has one more row, "no object"
+            extra = len(head) - len(class_names)
+            head[rows + list(range(-extra, 0))] = weights[name][known_rows + list(range(-extra, 0))]
+            weights[name] = head
+    load_weights(model, weights, path)
+    new = [name for name in class_names if name not in known]
+    return f"{path}: loaded; {len(pairs)} of {len(class_names)} classes known" + (
+        f", new: {', '.join(new)}" if new else ""
+    )

@@ -1,0 +1,256 @@
+"""The command `detr`: synth, check-data, train, eval, predict."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr import checkpoint
+from detr.check_data import check_split, summary
+from detr.config import PRESETS, Config, preset
+from detr.data import find_split, load_split, validation_loader
+from detr.engine import Trainer, TrainingError, train
+from detr.evaluate import evaluate, per_class_table
+from detr.images import DataError
+from detr.predict import find_images, predict
+from detr.synth import write_dataset
+
+# flags of `train` that replace a field of the preset: type, unit
+_CONFIG_FLAGS = {
+    "steps": (int, "optimiser steps"),
+    "epochs": (int, "passes over the training images; used where steps is not set"),
+    "batch_size": (int, "images per optimiser step"),
+    "lr": (float, "AdamW learning rate"),
+    "image_size": (int, "shortest side of an image in the model, pixels"),
+    "seed": (int, "of initialisation, order and augmentation"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand. Returns the exit code: 0, 1 after an error that one line explains, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return options.run(options)
+    except (DataError, checkpoint.CheckpointError, TrainingError, OSError) as error:
+        print(f"detr {options.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"detr {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="detr", description="Train and use Deformable DETR on COCO-format data.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.set_defaults(run=run)
+        return command
+
+    synth = add(
+        "synth", _synth, "Write a synthetic dataset: coloured shapes on textured backgrounds, JPEG and COCO json."
+    )
+    synth.add_argument("out", type=Path, help="folder to write to")
+    synth.add_argument("--train", type=int, default=2000, help="training images")
+    synth.add_argument("--val", type=int, default=200, help="validation images")
+    synth.add_argument("--size", type=int, default=128, help="width and height of the images, pixels")
+    synth.add_argument("--seed", type=int, default=0, help="the same seed draws the same images")
+
+    check = add(
+        "check-data", _check_data, "Look for every fault of a dataset that would spoil a training; exit code 1 if any."
+    )
+    check.add_argument("data", type=Path, help="folder of the dataset")
+    _add_split_names(check, "train")
+    _add_split_names(check, "val")
+    check.add_argument("--json", type=Path, help="also write everything that was found to this file")
+
+    training = add("train", _train, "Train a detector; the run directory can be resumed after any interruption.")
+    training.add_argument("--data", type=Path, help="folder of a COCO-format dataset")
+    _add_split_names(training, "train")
+    _add_split_names(training, "val")
+    training.add_argument("--preset", choices=PRESETS, default="tiny", help="model and recipe")
+    training.add_argument("--out", type=Path, default=Path("runs/train"), help="run directory, new")
+    training.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
+    training.add_argument("--weights", type=Path, help="start from the weights of this checkpoint")
+    for name, (kind, unit) in _CONFIG_FLAGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        training.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{unit} (default: the preset's)")
+    training.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the config, value as json"
+    )
+    _add_device(training)
+
+    evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
+    evaluation.add_argument("--data", type=Path, required=True, help="folder of a COCO-format dataset")
+    evaluation.add_argument("--split", default="val", help="train, val, test, ...")
+    evaluation.add_argument("--images", type=Path, help="image folder, if its name is another")
+    evaluation.add_argument("--annotations", type=Path, help="json, if its name is another")
+    evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    evaluation.add_argument("--out", type=Path, help="also write the metrics to this json file")
+    _add_device(evaluation)
+
+    prediction = add("predict", _predict, "Detect objects in images: pictures with boxes, and predictions.json.")
+    prediction.add_argument("inputs", nargs="+", metavar="IMAGE", help="image, folder of images or glob pattern")
+    prediction.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    prediction.add_argument("--out", type=Path, default=Path("runs/predict"), help="folder to write to")
+    prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1")
+    prediction.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ...")
+    return parser
+
+
+def _add_split_names(parser: argparse.ArgumentParser, split: str) -> None:
+    for what, kind in (("json", "json"), ("images", "image folder")):
+        text = f"{kind} of the split {split}, relative to --data, if its name is not one of COCO's"
+        parser.add_argument(f"--{split}-{what}", type=Path, help=text)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--workers", type=int, help="processes that load images (default: 0 if all fit in memory)")
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _synth(options: argparse.Namespace) -> int:
+    write_dataset(options.out, options.train, options.val, options.size, options.seed)
+    print(f"{options.out}: {options.train} training and {options.val} validation images")
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    report, fatal = {}, 0
+    for split in ("train", "val"):
+        json_path, image_dir = find_split(
+            options.data, split, getattr(options, f"{split}_json"), getattr(options, f"{split}_images")
+        )
+        data, problems = check_split(json_path, image_dir, decode=True)
+        if not any(problem.fatal for problem in problems):
+            report[split] = summary(data)
+        print(f"{json_path}:", json.dumps(report.get(split, "not usable")))
+        for kind, count in Counter((problem.kind, problem.fatal) for problem in problems).items():
+            first = next(problem for problem in problems if (problem.kind, problem.fatal) == kind)
+            print(f"  {'error' if kind[1] else 'warning'} {kind[0]}: {count}, the first: {first}")
+        report[f"{split}_problems"] = [vars(problem) for problem in problems]
+        fatal += sum(problem.fatal for problem in problems)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    print("fatal problems:", fatal)
+    return 1 if fatal else 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    device = _device(options)
+    out = options.resume or options.out
+    path = out / "checkpoint.pt"
+    if options.resume:
+        state = checkpoint.load(path)
+        config, data = _resumed_config(options, state), state["data"]
+    elif options.data is None:
+        raise DataError("--data: expected the folder of a dataset, got nothing")
+    elif path.exists():
+        raise DataError(f"{path}: a run is here already: continue it with --resume {out}, or choose another --out")
+    else:
+        config = _config(options)
+        data = {
+            name: getattr(options, name) for name in ("data", "train_json", "train_images", "val_json", "val_images")
+        }
+        data = {name: str(value) for name, value in data.items() if value is not None}
+
+    splits = {}
+    for name in ("train", "val"):
+        given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
+        files = find_split(Path(data["data"]), name, *given)
+        splits[name] = load_split(*files, splits["train"].categories if name == "val" else None)
+    most = max(int((~image.crowd).sum()) for image in splits["train"].images)
+    if most > config.n_queries:
+        warnings.warn(
+            f"an image has {most} objects, and only n_queries = {config.n_queries} can be found", stacklevel=1
+        )
+
+    trainer = Trainer(config, splits["train"], device, options.workers)
+    val = validation_loader(splits["val"], config, device, options.workers)
+    if options.resume:
+        trainer.load_state(state, path)
+    elif options.weights:
+        print(checkpoint.load_pretrained(trainer.model, options.weights, splits["train"].class_names))
+    millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    images = f"{len(splits['train'].images)} training and {len(splits['val'].images)} validation images"
+    print(f"{config.name}: {millions:.2f} M parameters; {images}; {len(trainer.split.categories)} classes")
+    print(f"{trainer.total_steps} steps of {config.batch_size} images, lr {config.lr:g}, on {device}; results in {out}")
+    metrics = train(trainer, val, out, data)
+    if metrics is None:
+        print(f"stopped after step {trainer.steps_done}; continue with: detr train --resume {out}")
+        return 130
+    print(f"{out}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; see curves.png and predictions.png there")
+    return 0
+
+
+def _config(options: argparse.Namespace) -> Config:
+    overrides = {name: getattr(options, name) for name in _CONFIG_FLAGS if hasattr(options, name)}
+    for text in options.set:
+        name, _, value = text.partition("=")
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = value
+    if "epochs" in overrides:
+        overrides.setdefault("steps", None)
+    if "image_size" in overrides:
+        base = PRESETS[options.preset]
+        overrides.setdefault("max_size", round(base.max_size * overrides["image_size"] / base.image_size))
+    try:
+        return preset(options.preset, **overrides)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _resumed_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
+    changed = [name for name in _CONFIG_FLAGS if hasattr(options, name)] + options.set
+    if changed:
+        raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
+    return checkpoint.config_of(state, options.resume)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    device = _device(options)
+    model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    files = find_split(options.data, options.split, options.annotations, options.images)
+    split = load_split(*files, categories)
+    metrics, table = evaluate(model, validation_loader(split, config, device, options.workers), device)
+    print(table, per_class_table(metrics), sep="\n")
+    if options.out:
+        options.out.write_text(json.dumps(metrics, indent=2) + "\n")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    device = _device(options)
+    images = find_images(options.inputs)
+    model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    results, unreadable = predict(model, config, categories, images, options.out, options.threshold, device)
+    for message in unreadable:
+        print(f"warning: {message}", file=sys.stderr)
+    count = sum(len(result["detections"]) for result in results)
+    print(f"{options.out}: {count} objects in {len(results)} images; pictures and predictions.json are there")
+    return 1 if unreadable else 0
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise DataError(f"--device: expected cpu, cuda, cuda:1, ..., got {options.device!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"--device: {options.device!r}: torch finds no GPU")
+    return device

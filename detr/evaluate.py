@@ -1,0 +1,143 @@
+"""COCO average precision by pycocotools, with a table of each class."""
+
+import contextlib
+import io
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from detr.data import Split
+from detr.postprocess import postprocess
+from detr.progress import progress
+
+# COCOeval.stats in its order; -1 there means that no ground truth is of the kind
+STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+
+
+def detect(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[int, dict[str, Tensor]]:
+    """The 100 best detections of each image, by image id, on the CPU: see `detr.postprocess`."""
+    detections = {}
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for images, mask, targets in progress(loader, desc="evaluating", leave=False, delay=2):
+            outputs = model(images.to(device), mask.to(device))
+            sizes = torch.stack([target["orig_size"] for target in targets]).to(device)
+            for target, found in zip(targets, postprocess(outputs, sizes), strict=True):
+                detections[target["image_id"]] = {name: tensor.cpu() for name, tensor in found.items()}
+    model.train(training)
+    return detections
+
+
+def coco_metrics(split: Split, detections: dict[int, dict[str, Tensor]]) -> tuple[dict[str, Any], str]:
+    """Metrics of `detections` (as `detect` gives them) on `split`, and COCO's own table as text.
+
+    Annotations are numbered anew from 1, because pycocotools takes the id 0 for "not matched". Images without
+    detections, and no detections at all, are fine.
+
+    Returns:
+        STATS by name, each a fraction or None where there is no ground truth of the kind; "per_class": name -> AP,
+        AP50, boxes, and the score threshold with the best F1 at IoU 0.5 with its precision and recall.
+    """
+    category_ids = split.category_ids
+    ground_truth, results = [], []
+    for image in split.images:
+        columns = (column.tolist() for column in (image.boxes, image.labels, image.areas, image.crowd))
+        for box, label, area, crowd in zip(*columns, strict=True):
+            ground_truth.append(
+                _entry(image.image_id, category_ids[label], box) | {"area": area, "iscrowd": int(crowd)}
+            )
+    for image_id, found in detections.items():
+        columns = (found[name].tolist() for name in ("boxes", "labels", "scores"))
+        for box, label, score in zip(*columns, strict=True):
+            results.append(_entry(image_id, category_ids[label], box) | {"iscrowd": 0, "score": score})
+
+    table = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_coco(split, ground_truth), _coco(split, results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        with contextlib.redirect_stdout(table):
+            evaluation.summarize()
+    metrics: dict[str, Any] = {name: _fraction(value) for name, value in zip(STATS, evaluation.stats, strict=True)}
+    # [IoU thresholds, recall thresholds, classes, areas, detections allowed]: all areas, 100 detections
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    scores = evaluation.eval["scores"][0, :, :, 0, -1]
+    metrics["per_class"] = {}
+    for k, name in enumerate(split.class_names):
+        metrics["per_class"][name] = {
+            "AP": _fraction(precision[:, :, k].mean()),
+            "AP50": _fraction(precision[0, :, k].mean()),
+            "boxes": sum(int((~image.crowd & (image.labels == k)).sum()) for image in split.images),
+            **_best_f1(precision[0, :, k], scores[:, k], evaluation.params.recThrs),
+        }
+    return metrics, table.getvalue()
+
+
+def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[dict[str, Any], str]:
+    """`coco_metrics` of a model on the split of `loader.dataset`, with the "images" and the "seconds" it took."""
+    start = time.perf_counter()
+    detections = detect(model, loader, device)
+    metrics, table = coco_metrics(loader.dataset.split, detections)
+    return metrics | {"images": len(detections), "seconds": round(time.perf_counter() - start, 3)}, table
+
+
+def per_class_table(metrics: dict[str, Any]) -> str:
+    """One line for each class: AP, AP50, boxes, best-F1 threshold."""
+    rows = [f"{'class':<20} {'boxes':>7} {'AP':>6} {'AP50':>6} {'best F1':>8} {'at score':>9}"]
+    for name, row in metrics["per_class"].items():
+        numbers = (
+            f"{'-' if row[key] is None else format(row[key], '.3f'):>{width}}"
+            for key, width in (("AP", 6), ("AP50", 6), ("best_f1", 8), ("best_f1_threshold", 9))
+        )
+        rows.append(f"{name:<20} {row['boxes']:>7} {' '.join(numbers)}")
+    return "\n".join(rows)
+
+
+def _entry(image_id: int, category_id: int, box: list[float]) -> dict[str, Any]:
+    x0, y0, x1, y1 = box
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": (x1 - x0) * (y1 - y0),
+    }
+
+
+def _coco(split: Split, annotations: list[dict[str, Any]]) -> COCO:
+    # loadRes of pycocotools fails on an empty list; an index made directly does not
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image.image_id, "width": image.width, "height": image.height} for image in split.images],
+        "categories": [
+            {"id": category_id, "name": name}
+            for category_id, name in zip(split.category_ids, split.class_names, strict=True)
+        ],
+        "annotations": [annotation | {"id": i} for i, annotation in enumerate(annotations, start=1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _fraction(value: float) -> float | None:
+    return None if value < 0 else float(value)
+
+
+def _best_f1(precision: np.ndarray, scores: np.ndarray, recall: np.ndarray) -> dict[str, float | None]:
+    """The score threshold with the best F1 on one precision-recall curve; None for a class without ground truth."""
+    if precision.min() < 0:
+        return {"best_f1": None, "best_f1_threshold": None, "precision": None, "recall": None}
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    best = int(f1.argmax())
+    return {
+        "best_f1": float(f1[best]),
+        "best_f1_threshold": float(scores[best]),
+        "precision": float(precision[best]),
+        "recall": float(recall[best]),
+    }

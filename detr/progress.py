@@ -1,0 +1,13 @@
+"""Progress bars that suit a terminal and a log file."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
+    """`tqdm` on standard error: a moving bar on a terminal, a line every 20 seconds in a file."""
+    refresh = 0.2 if sys.stderr.isatty() else 20
+    return tqdm(iterable, mininterval=refresh, dynamic_ncols=True, **options)

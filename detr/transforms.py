@@ -1,0 +1,82 @@
+"""What happens to an image and its boxes between the file and the model, in training and in evaluation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from detr.config import Config
+
+# of ImageNet, as torchvision's pre-trained backbones expect
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Transform:
+    """(uint8 image [3, H, W], boxes [T, 4] xyxy pixels, labels [T]) -> (normalised float32 image, boxes, labels)."""
+
+    def __init__(self, *steps: nn.Module) -> None:
+        float_image = {tv_tensors.Image: torch.float32, "others": None}
+        self.steps = v2.Compose([*steps, v2.ToDtype(float_image, scale=True), v2.Normalize(MEAN, STD)])
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
+        sample = self.steps({"image": tv_tensors.Image(image), "boxes": boxes, "labels": labels})
+        return sample["image"].as_subclass(Tensor), sample["boxes"].as_subclass(Tensor), sample["labels"]
+
+
+class RandomSizedCrop(v2.Transform):
+    """Crop to a width and a height drawn independently from [smallest, largest], as far as the image is that large."""
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        h, w = (self._draw(min(self.smallest, n), min(self.largest, n)) for n in (height, width))
+        return {"top": self._draw(0, height - h), "left": self._draw(0, width - w), "height": h, "width": w}
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        return v2.functional.crop(inpt, **params)
+
+    @staticmethod
+    def _draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, ()))
+
+
+def resize(image: Tensor, shortest: int, longest: int) -> Tensor:
+    """[3, H, W] uint8 in its proportions, the short side of `shortest` pixels unless the long one exceeds `longest`."""
+    return v2.functional.resize(image, resized_size(*image.shape[-2:], shortest, longest), antialias=True)
+
+
+def resized_size(height: int, width: int, shortest: int, longest: int) -> list[int]:
+    """(height, width) after `resize`, in pixels."""
+    scale = min(shortest / min(height, width), longest / max(height, width))
+    return [max(1, round(height * scale)), max(1, round(width * scale))]
+
+
+def training_transform(config: Config) -> Transform:
+    """Random augmentation, drawn from torch's global generator: the recipe `config.augment`."""
+    if config.augment == "tiny":
+        return Transform(v2.RandomHorizontalFlip())
+    # the original's sizes are for image_size 800; other image sizes keep their proportions
+    sizes, before_crop, crop = (
+        [round(size * config.image_size / 800) for size in original]
+        for original in (range(480, 801, 32), (400, 500, 600), (384, 600))
+    )
+    multi_scale = v2.RandomShortestSize(sizes, max_size=config.max_size)
+    cropped = v2.Compose([v2.RandomShortestSize(before_crop), RandomSizedCrop(*crop), multi_scale])
+    return Transform(
+        v2.RandomHorizontalFlip(),
+        v2.RandomChoice([multi_scale, cropped]),
+        v2.ClampBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(),
+    )
+
+
+def evaluation_transform() -> Transform:
+    """Nothing but normalisation: images arrive resized."""
+    return Transform()

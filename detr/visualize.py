@@ -1,0 +1,92 @@
+"""The pictures of a run: learning curves, and ground truth beside detections."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from detr.data import Split
+from detr.images import draw_boxes, read_image
+
+_HEIGHT = 320  # pixels of every image in predictions.png
+_GAP = 6
+
+
+def plot_curves(metrics_path: Path, path: Path) -> None:
+    """Losses, average precision and learning rate over the optimiser steps, from metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    panels = {
+        "loss": (("loss", "loss_ce", "loss_bbox", "loss_giou"), "weighted loss"),
+        "AP on val": (("AP", "AP50", "AP75"), "average precision"),
+        "learning rate": (("lr",), "learning rate"),
+    }
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    for axes, (title, (names, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(
+                *zip(*points, strict=True), marker="." if len(points) < 30 else None, label=name
+            ) if points else None
+        axes.set(title=title, xlabel="optimiser step", ylabel=unit)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_yscale("log")
+    figure.axes[1].set_ylim(0, 1)
+    figure.savefig(path, dpi=100)
+
+
+def draw_predictions(
+    split: Split,
+    detections: dict[int, dict[str, Tensor]],
+    metrics: dict[str, Any],
+    path: Path,
+    n_images: int = 8,
+) -> None:
+    """A sheet of images spread over the split: ground truth at the left, detections at the right of each pair.
+
+    Shown are detections above the threshold with the best F1 of their class (`detr.evaluate.coco_metrics`).
+    """
+    names = split.class_names
+    thresholds = [metrics["per_class"][name]["best_f1_threshold"] or 0.5 for name in names]
+    count = min(n_images, len(split.images))
+    pairs = []
+    for image in (split.images[i * len(split.images) // count] for i in range(count)):
+        pixels = read_image(image.path, (image.width, image.height))
+        scale = _HEIGHT / image.height
+        pixels = pixels.resize((round(image.width * scale), _HEIGHT), Image.Resampling.BICUBIC)
+        labels = image.labels.tolist()
+        truth = draw_boxes(pixels, (image.boxes * scale).tolist(), labels, [names[label] for label in labels])
+        found = detections[image.image_id]
+        shown = [
+            (box, label, f"{names[label]} {score:.2f}")
+            for box, label, score in zip((found["boxes"] * scale).tolist(), *_lists(found), strict=True)
+            if score >= thresholds[label]
+        ]
+        boxes, labels, texts = (list(column) for column in zip(*shown, strict=True)) if shown else ([], [], [])
+        pairs.append((truth, draw_boxes(pixels, boxes, labels, texts)))
+    _sheet(pairs).save(path)
+
+
+def _lists(found: dict[str, Tensor]) -> tuple[list[int], list[float]]:
+    return found["labels"].tolist(), found["scores"].tolist()
+
+
+def _sheet(pairs: list[tuple[Image.Image, Image.Image]]) -> Image.Image:
+    """Two pairs a row, under the titles of their columns."""
+    title_height = 24
+    width = max(left.width for left, _ in pairs)
+    columns = 4 if len(pairs) > 1 else 2
+    rows = -(-2 * len(pairs) // columns)
+    size = (columns * (width + _GAP), title_height + rows * (_HEIGHT + _GAP))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column in range(columns):
+        title = ("ground truth", "detections")[column % 2]
+        draw.text((column * (width + _GAP) + 4, 4), title, fill="black", font=ImageFont.load_default(14))
+    for i, picture in enumerate(picture for pair in pairs for picture in pair):
+        row, column = divmod(i, columns)
+        sheet.paste(picture, (column * (width + _GAP), title_height + row * (_HEIGHT + _GAP)))
+    return sheet

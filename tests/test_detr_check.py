@@ -1,0 +1,161 @@
+"""Every fault of a dataset is found before training, in one line that names file, id and field."""
+
+import json
+import re
+
+import coco_files
+import pytest
+
+from detr.check_data import check_annotations, check_split, summary
+from detr.data import find_split, load_split
+from detr.images import DataError
+
+
+def edit(data, path, value):
+    *parents, last = path
+    for key in parents:
+        data = data[key]
+    data[last] = value
+
+
+FAULTS = {
+    "unknown category": (("annotations", 1, "category_id"), 4, "annotation 11: category_id: 4 is none of the 3"),
+    "unknown image": (("annotations", 1, "image_id"), "x", 'annotation 11: image_id: "x" is none of the 3'),
+    "negative width": (
+        ("annotations", 2, "bbox", 2),
+        -3,
+        "annotation 7: bbox: expected a width and height of at least 0",
+    ),
+    "outside at the right": (("annotations", 2, "bbox", 2), 22, "annotation 7: bbox: .* outside its image of 40x30"),
+    "outside at the top": (("annotations", 1, "bbox", 1), -2, "annotation 11: bbox: .* outside its image of 20x50"),
+    "nan": (("annotations", 0, "bbox", 1), float("nan"), "annotation 0: bbox: expected 4 finite numbers .* NaN"),
+    "huge": (("annotations", 0, "bbox", 1), 10**400, "annotation 0: bbox: expected 4 finite numbers"),
+    "three numbers": (("annotations", 0, "bbox"), [1, 2, 3], r"annotation 0: bbox: expected 4 .* got \[1, 2, 3\]"),
+    "text for a number": (("annotations", 0, "bbox", 0), "4", "annotation 0: bbox: expected 4 finite numbers"),
+    "annotation id twice": (("annotations", 1, "id"), 7, "annotation 7: id: another annotation has the same id"),
+    "annotation without id": (
+        ("annotations", 3, "id"),
+        None,
+        "annotation at position 3: id: expected an integer, got null",
+    ),
+    "crowd": (("annotations", 3, "iscrowd"), 2, "annotation 8: iscrowd: expected 0 or 1, got 2"),
+    "area": (("annotations", 0, "area"), -1, "annotation 0: area: expected square pixels, got -1"),
+    "image id twice": (("images", 1, "id"), 9, "image 9: id: another image has the same id"),
+    "image without id": (("images", 1, "id"), 2.5, "image at position 1: id: expected an integer, got 2.5"),
+    "no width": (("images", 1, "width"), None, "image 2: width: expected a positive number of pixels, got null"),
+    "no height": (("images", 1, "height"), 0, "image 2: height: expected a positive number of pixels, got 0"),
+    "climbing out": (("images", 1, "file_name"), "a/../../b.png", "image 2: file_name: 'a/../../b.png' leads out"),
+    "absolute": (("images", 1, "file_name"), "/etc/passwd", "image 2: file_name: '/etc/passwd' leads out"),
+    "drive": (("images", 1, "file_name"), "C:\\b.png", "image 2: file_name: .* leads out"),
+    "no file name": (("images", 1, "file_name"), "", 'image 2: file_name: expected a text, got ""'),
+    "category id twice": (("categories", 1, "id"), 17, "category 17: id: another category has the same id"),
+    "category id": (("categories", 1, "id"), True, "category at position 1: id: expected an integer, got true"),
+    "category name": (("categories", 1, "name"), 5, "category 3: name: expected a text, got 5"),
+    "category name twice": (
+        ("categories", 1, "name"),
+        "owl",
+        "category 17: name: another category is called 'owl' too",
+    ),
+    "no annotations": (("annotations",), [], "annotations: the dataset is empty"),
+    "no images": (("images",), [], "images: the dataset is empty"),
+    "no categories": (("categories",), None, "categories: expected a list of objects, got null"),
+    "a list of numbers": (("images",), [1, 2], r"images: expected a list of objects, got \[1, 2\]"),
+    "other size": (
+        ("images", 2, "width"),
+        17,
+        "image 9: file_name: .*c.png: the image is 16x16 pixels, expected 17x16",
+    ),
+    "missing file": (("images", 2, "file_name"), "d.png", "image 9: file_name: .*d.png: the image file is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_stops_the_loading_in_one_line(tmp_path, fault):
+    path, value, message = FAULTS[fault]
+    json_path, image_dir = coco_files.write(tmp_path)
+    load_split(json_path, image_dir)  # the same data without the fault is fine
+    data = coco_files.content()
+    edit(data, path, value)
+    json_path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=f"{re.escape(str(json_path))}: {message}") as error:
+        load_split(json_path, image_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_the_whole_json_is_checked_and_further_faults_are_counted(tmp_path):
+    json_path, image_dir = coco_files.write(tmp_path)
+    data = coco_files.content()
+    data["annotations"][0]["category_id"] = 1
+    data["annotations"][2]["bbox"] = [0, 0, -1, 2]
+    data["images"][2]["width"] = 0
+    assert [(p.kind, p.entry, p.field) for p in check_annotations(data, "x.json")] == [
+        ("image", "image 9", "width"),
+        ("category_id", "annotation 0", "category_id"),
+        ("box", "annotation 7", "bbox"),
+    ]
+    json_path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"\(and 2 more; `detr check-data` lists them\)"):
+        load_split(json_path, image_dir)
+
+
+@pytest.mark.parametrize("text", ['{"images": [', "", "\xff", "[1]"])
+def test_a_file_that_is_no_coco_json(tmp_path, text):
+    json_path, image_dir = coco_files.write(tmp_path)
+    json_path.write_bytes(text.encode("latin-1"))
+    message = "expected a json object, got" if text == "[1]" else "not json"
+    with pytest.raises(DataError, match=f"{re.escape(str(json_path))}: .*{message}"):
+        load_split(json_path, image_dir)
+
+
+def test_truncated_images_are_found_by_decoding(tmp_path):
+    json_path, image_dir = coco_files.write(tmp_path)
+    data = (image_dir / "c.png").read_bytes()
+    (image_dir / "c.png").write_bytes(data[:-200])
+    assert check_split(json_path, image_dir, decode=False)[1] == []
+    [problem] = check_split(json_path, image_dir, decode=True)[1]
+    assert problem.fatal and problem.entry == "image 9" and "c.png: not a readable image" in str(problem)
+
+
+def test_boxes_without_area_are_dropped_with_one_warning(tmp_path):
+    data = coco_files.content()
+    for i, box in enumerate(([5, 5, 0, 0], [5, 5, 0, 3], [5, 5, 3, 0], [40.5, 5, 0.2, 3])):
+        data["annotations"].append({"id": 100 + i, "image_id": 5, "category_id": 3, "bbox": box})
+    json_path, image_dir = coco_files.write(tmp_path, data)
+    with pytest.warns(
+        UserWarning, match="4 boxes of zero area dropped, the first: .*annotation 100: bbox: .*0, 0]"
+    ) as found:
+        split = load_split(json_path, image_dir)
+    assert len(found) == 1
+    assert [len(image.boxes) for image in split.images] == [3, 1, 0]
+    assert all((image.boxes[:, 2:] > image.boxes[:, :2]).all() for image in split.images)
+
+
+def test_a_dataset_whose_boxes_all_have_no_area(tmp_path):
+    data = coco_files.content()
+    data["annotations"] = [{"id": 1, "image_id": 5, "category_id": 3, "bbox": [1, 1, 0, 0]}]
+    json_path, image_dir = coco_files.write(tmp_path, data)
+    with (
+        pytest.raises(DataError, match="annotations: the dataset is empty"),
+        pytest.warns(UserWarning, match="1 box of"),
+    ):
+        load_split(json_path, image_dir)
+
+
+def test_summary():
+    assert summary(coco_files.content()) == {
+        "images": 3,
+        "boxes": 4,
+        "images_without_objects": 1,
+        "most_objects_in_an_image": 3,
+        "boxes_per_class": {"zebra": 1, "ant": 2, "owl": 1},
+    }
+
+
+def test_no_dataset_at_all(tmp_path):
+    with pytest.raises(DataError, match="nowhere: expected a folder"):
+        find_split(tmp_path / "nowhere", "train")
+    with pytest.raises(DataError, match="no json of the split 'train': looked for annotations/instances_train2017"):
+        find_split(tmp_path, "train")
+    (tmp_path / "instances_train.json").write_text("{}")
+    with pytest.raises(DataError, match="no image folder of the split 'train': looked for train2017 or train"):
+        find_split(tmp_path, "train")

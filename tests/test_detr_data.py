@@ -1,0 +1,247 @@
+"""Datasets: layouts, labels, boxes in numbers, augmentation that moves boxes with their pixels, order of samples."""
+
+import json
+from pathlib import Path
+
+import coco_files
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detr.config import preset
+from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, load_split, make_loader
+from detr.synth import write_dataset
+from detr.transforms import MEAN, STD, Transform, evaluation_transform, training_transform
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    root = tmp_path_factory.mktemp("synthetic")
+    write_dataset(root, 10, 1, 64, 0)
+    return load_split(*find_split(root, "train"))
+
+
+@pytest.mark.parametrize(
+    ("json_name", "folder"),
+    [
+        ("annotations/instances_val2017.json", "val2017"),
+        ("annotations/instances_val.json", "val"),
+        ("instances_val.json", "val"),
+    ],
+)
+def test_layouts(tmp_path, json_name, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / json_name).parent.mkdir(exist_ok=True)
+    (tmp_path / json_name).touch()
+    assert find_split(tmp_path, "val") == (tmp_path / json_name, tmp_path / folder)
+
+
+def test_names_given_by_the_user_win(tmp_path):
+    for folder in ("train", "pictures"):
+        (tmp_path / folder).mkdir()
+    for name in ("instances_train.json", "mine.json"):
+        (tmp_path / name).touch()
+    given = {"json_path": tmp_path / "mine.json", "image_dir": tmp_path / "pictures"}
+    assert find_split(tmp_path, "train", **given) == tuple(given.values())
+    assert find_split(tmp_path, "train", image_dir=given["image_dir"])[0] == tmp_path / "instances_train.json"
+    with pytest.raises(DataError, match="no json of the split 'train': looked for other"):
+        find_split(tmp_path, "train", json_path=Path("other"))
+
+
+def test_labels_follow_the_ids_and_boxes_the_json(tmp_path):
+    split = load_split(*coco_files.write(tmp_path))
+    assert split.categories == {3: "ant", 17: "owl", 90: "zebra"}
+    assert list(split.categories) == [3, 17, 90]
+    first, second, third = split.images
+    assert [image.image_id for image in split.images] == [5, 2, 9]
+    assert first.boxes.tolist() == [[4, 6, 14, 18], [20.5, 10, 40, 30], [1, 1, 31, 21]]
+    assert first.labels.tolist() == [2, 1, 0]
+    assert first.areas.tolist() == [100, 390, 600]  # of the json, or of the box
+    assert first.crowd.tolist() == [False, False, True]
+    assert (second.path, second.width, second.height) == (tmp_path / "train/sub/b.png", 20, 50)
+    assert second.boxes.tolist() == [[0, 0, 20, 50]] and second.labels.tolist() == [0]
+    assert third.boxes.shape == (0, 4) and third.labels.dtype == torch.int64
+
+
+def test_boxes_that_stick_out_by_rounding_are_clipped(tmp_path):
+    data = coco_files.content()
+    data["annotations"] = [{"id": 1, "image_id": 5, "category_id": 3, "bbox": [-0.75, 2, 41.5, 29]}]
+    split = load_split(*coco_files.write(tmp_path, data))
+    assert split.images[0].boxes.tolist() == [[0, 2, 40, 30]]
+
+
+def test_the_labels_of_another_set_of_categories(tmp_path):
+    files = coco_files.write(tmp_path)
+    known = {3: "ant", 4: "bee", 17: "owl", 90: "zebra"}
+    assert load_split(*files, known).images[0].labels.tolist() == [3, 2, 0]
+    for categories, message in (
+        ({3: "ant", 17: "owl"}, "category 90: name: expected no such category, got 'zebra'"),
+        (known | {17: "elk"}, "category 17: name: expected 'elk', got 'owl'"),
+    ):
+        with pytest.raises(DataError, match=f"instances_train.json: {message}"):
+            load_split(*files, categories)
+
+
+def test_item_in_numbers(tmp_path):
+    split = load_split(*coco_files.write(tmp_path))
+    image, target = CocoDataset(split, evaluation_transform())[0]
+    stored = np.asarray(Image.open(tmp_path / "train/a.png")).transpose(2, 0, 1) / 255
+    expected = (stored - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
+    assert image.dtype == torch.float32 and type(image) is torch.Tensor
+    np.testing.assert_allclose(image, expected, atol=1e-6)
+    expected = [[9 / 40, 12 / 30, 10 / 40, 12 / 30], [30.25 / 40, 20 / 30, 19.5 / 40, 20 / 30]]
+    assert type(target["boxes"]) is torch.Tensor
+    torch.testing.assert_close(target["boxes"], torch.tensor(expected))
+    assert target["labels"].tolist() == [2, 1]  # the crowd is no target
+    assert target["image_id"] == 5 and target["orig_size"].tolist() == [30, 40]
+
+
+def test_resized_and_kept_in_memory(tmp_path, monkeypatch):
+    split = load_split(*coco_files.write(tmp_path))
+    dataset = CocoDataset(split, evaluation_transform(), (15, 30))
+    shapes = [tuple(image.shape) for image, _ in dataset]
+    # 40x30 by a half; 20x50 would be 15x37.5 but for the longest side; 16x16
+    assert shapes == [(3, 15, 20), (3, 30, 12), (3, 15, 15)]
+    monkeypatch.setattr("detr.data.CACHE_BYTES", 3 * (300 + 360 + 225) - 1)
+    uncached = CocoDataset(split, evaluation_transform(), (15, 30))
+    assert dataset.cache is not None and uncached.cache is None
+    for (image, target), (same, same_target) in zip(dataset, uncached, strict=True):
+        torch.testing.assert_close(image, same, rtol=0, atol=0)
+        torch.testing.assert_close(target, same_target, rtol=0, atol=0)
+    torch.testing.assert_close(dataset[1][1]["boxes"], torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+    assert dataset[1][1]["orig_size"].tolist() == [50, 20]
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    split = load_split(*coco_files.write(tmp_path))
+    path = split.images[2].path
+    path.write_bytes(path.read_bytes()[:-200])
+    message = f"instances_train.json: image 9: {path}: not a readable image"
+    with pytest.raises(DataError, match=message):
+        CocoDataset(split, evaluation_transform(), (16, 32))
+    with pytest.raises(DataError, match=message):
+        CocoDataset(split, evaluation_transform())[2]
+
+
+def test_flip_moves_boxes_with_pixels(tmp_path):
+    split = load_split(*coco_files.write(tmp_path))
+    plain, target = CocoDataset(split, evaluation_transform())[0]
+    dataset = CocoDataset(split, training_transform(preset("tiny")))
+    flips = 0
+    for seed in range(16):
+        torch.manual_seed(seed)
+        image, moved = dataset[0]
+        flipped = not torch.equal(image, plain)
+        flips += flipped
+        expected = target["boxes"].clone()
+        if flipped:
+            expected[:, 0] = 1 - expected[:, 0]
+        torch.testing.assert_close(image, plain.flip(2) if flipped else plain, rtol=0, atol=0)
+        torch.testing.assert_close(moved["boxes"], expected)
+        assert moved["labels"].tolist() == [2, 1]
+    assert 3 <= flips <= 13
+
+
+def test_multi_scale_and_crop_keep_boxes_on_their_objects():
+    config = preset("deformable_detr_r50", image_size=160, max_size=220)
+    transform = training_transform(config)
+    image = torch.zeros(3, 90, 200, dtype=torch.uint8)
+    boxes = torch.tensor([[20.0, 10.0, 50.0, 40.0], [140.0, 30.0, 190.0, 85.0]])
+    for channel, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
+        image[channel, y0:y1, x0:x1] = 255
+    seen, widths = set(), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        out, moved, labels = transform(image, boxes, torch.tensor([0, 1]))
+        height, width = out.shape[1:]
+        widths.add((height, width))
+        assert min(height, width) <= 160 and max(height, width) <= 220
+        pixels = out * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        for box, label in zip(moved.tolist(), labels.tolist(), strict=True):
+            inside = pixels[label] > 0.5
+            rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+            extent = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            assert max(abs(float(a) - b) for a, b in zip(extent, box, strict=True)) < 1.5
+        seen.add(tuple(labels.tolist()))
+    assert {(0, 1), (0,), (1,)} <= seen  # crops lose objects together with their labels
+    assert len(widths) > 15
+
+
+@pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50"])
+def test_augmenting_an_image_without_objects(name):
+    transform = training_transform(preset(name, image_size=64, max_size=100))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        _, boxes, labels = transform(
+            torch.zeros(3, 50, 70, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long()
+        )
+        assert boxes.shape == (0, 4) and labels.shape == (0,)
+
+
+def image_ids(stream, samples):
+    return [stream[n][1]["image_id"] for n in samples]
+
+
+def test_stream_visits_every_image_once_an_epoch(synthetic):
+    stream = TrainingStream(CocoDataset(synthetic, evaluation_transform(), (32, 32)), seed=1)
+    epochs = [image_ids(stream, range(10 * e, 10 * e + 10)) for e in range(3)]
+    assert all(sorted(epoch) == list(range(1, 11)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = TrainingStream(stream.dataset, seed=2)
+    assert image_ids(other, range(10)) != epochs[0]
+
+
+def test_a_sample_depends_on_its_number_and_the_seed_only(synthetic):
+    config = preset("deformable_detr_r50", image_size=64, max_size=80)
+    stream = TrainingStream(CocoDataset(synthetic, training_transform(config)), seed=1)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    samples = [stream[n] for n in range(25)]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    again = TrainingStream(stream.dataset, seed=1)
+    for n in (24, 3, 17, 3):
+        for a, b in zip(samples[n], again[n], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    # the same image in another epoch is augmented in another way
+    assert len({tuple(image.shape) for image, target in samples if target["image_id"] == 1}) > 1
+
+
+def test_workers_and_starting_point_do_not_change_the_batches(synthetic):
+    config = preset("tiny", image_size=32, max_size=32)
+    stream = TrainingStream(CocoDataset(synthetic, training_transform(config), (32, 32)), seed=1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    whole = list(make_loader(stream, 4, CPU, 0, range(0, 24)))
+    for workers in (0, 2):
+        rest = list(make_loader(stream, 4, CPU, workers, range(8, 24)))
+        torch.testing.assert_close(rest, whole[2:], rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_collate_pads_at_the_right_and_bottom():
+    images = [torch.full((3, 2, 5), 1.0), torch.full((3, 4, 3), 2.0)]
+    batch, mask, targets = collate([(image, {"image_id": i}) for i, image in enumerate(images)])
+    assert batch.shape == (2, 3, 4, 5) and mask.shape == (2, 4, 5) and mask.dtype == torch.bool
+    assert (~mask).sum((1, 2)).tolist() == [10, 12]
+    assert not mask[0, :2].any() and not mask[1, :, :3].any()
+    assert (batch[0, :, :2] == 1).all() and (batch[1, :, :, :3] == 2).all()
+    assert (batch * mask[:, None] == 0).all()
+    assert [target["image_id"] for target in targets] == [0, 1]
+
+
+def test_transform_leaves_its_inputs_alone():
+    image, boxes = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), torch.tensor([[1.0, 2.0, 5.0, 6.0]])
+    copies = image.clone(), boxes.clone()
+    training = training_transform(preset("tiny"))
+    for transform in (Transform(), training, training, training):
+        transform(image, boxes, torch.tensor([0]))
+    assert torch.equal(image, copies[0]) and torch.equal(boxes, copies[1])
+
+
+def test_a_json_with_text_beyond_ascii(tmp_path):
+    data = json.loads(json.dumps(coco_files.content()).replace("zebra", "zèbre"))
+    assert load_split(*coco_files.write(tmp_path, data)).class_names == ["ant", "owl", "zèbre"]

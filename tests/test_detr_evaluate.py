@@ -1,0 +1,155 @@
+"""Average precision by hand, against a plain use of pycocotools, and its pitfalls."""
+
+import json
+
+import coco_files
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detr.data import Annotated, Split, load_split
+from detr.evaluate import STATS, coco_metrics, per_class_table
+
+EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+
+
+def found(boxes, labels, scores):
+    return {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels), "scores": torch.tensor(scores)}
+
+
+def one_class_split(boxes, crowd=None):
+    """One image of 100x100 pixels with boxes of the class "thing", id 7."""
+    count = len(boxes)
+    image = Annotated(
+        *(1, None, 100, 100, torch.tensor(boxes), torch.zeros(count, dtype=torch.int64)),
+        areas=torch.full((count,), 400.0, dtype=torch.float64),
+        crowd=torch.tensor(crowd or [False] * count),
+    )
+    return Split(None, None, [image], {7: "thing"})
+
+
+def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path):
+    data = coco_files.content()
+    assert data["annotations"][0]["id"] == 0
+    split = load_split(*coco_files.write(tmp_path, data))
+    detections = {}
+    for image in split.images:
+        real = ~image.crowd
+        detections[image.image_id] = found(
+            image.boxes[real].tolist() or torch.zeros(0, 4).tolist(),
+            image.labels[real].tolist(),
+            [0.9] * int(real.sum()),
+        )
+        detections[image.image_id]["boxes"] = detections[image.image_id]["boxes"].reshape(-1, 4)
+    metrics, table = coco_metrics(split, detections)
+    one = pytest.approx(1, abs=1e-12)
+    assert (metrics["AP"], metrics["AP50"], metrics["AR100"]) == (one, one, one)
+    assert {name: row["AP"] for name, row in metrics["per_class"].items()} == {"ant": one, "owl": one, "zebra": one}
+    assert [row["boxes"] for row in metrics["per_class"].values()] == [1, 1, 1]
+    assert "(AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000" in table
+
+
+def test_no_detections_at_all(tmp_path, capsys):
+    split = load_split(*coco_files.write(tmp_path))
+    for detections in ({}, {image.image_id: EMPTY for image in split.images}):
+        metrics, table = coco_metrics(split, detections)
+        assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 0.0
+        assert "maxDets=100 ] = 0.000" in table
+        assert all(row["AP"] == 0.0 and row["best_f1"] == 0.0 for row in metrics["per_class"].values())
+    assert capsys.readouterr().out == ""  # pycocotools is kept quiet
+
+
+def test_average_precision_by_hand():
+    split = one_class_split([[0.0, 0.0, 20.0, 20.0], [50.0, 50.0, 70.0, 70.0]])
+    # best first: IoU 0.72 with the first object, nothing, IoU 1 with the second
+    boxes = [[0.0, 0.0, 20.0, 14.4], [80.0, 80.0, 90.0, 90.0], [50.0, 50.0, 70.0, 70.0]]
+    metrics, _ = coco_metrics(split, {1: found(boxes, [0, 0, 0], [0.9, 0.8, 0.7])})
+    # precision 1 up to recall 0.5 (51 of the 101 recall thresholds), then 2/3
+    at_50 = (51 + 50 * 2 / 3) / 101
+    # at IoU 0.75 and above only the third is right: precision 1/3 up to recall 0.5
+    at_75 = 51 / 3 / 101
+    assert metrics["AP50"] == pytest.approx(at_50)
+    assert metrics["AP75"] == pytest.approx(at_75)
+    assert metrics["AP"] == pytest.approx((5 * at_50 + 5 * at_75) / 10)
+    assert metrics["AR1"] == pytest.approx(5 * 0.5 / 10)
+    assert metrics["AR100"] == pytest.approx((5 * 1 + 5 * 0.5) / 10)
+    row = metrics["per_class"]["thing"]
+    assert row["AP"] == pytest.approx(metrics["AP"]) and row["AP50"] == pytest.approx(at_50)
+    # all three kept: precision 2/3, recall 1
+    assert row["best_f1"] == pytest.approx(0.8)
+    assert row["best_f1_threshold"] == pytest.approx(0.7)
+    assert (row["precision"], row["recall"]) == (pytest.approx(2 / 3), pytest.approx(1.0))
+    assert metrics["APS"] == pytest.approx(metrics["AP"])  # all objects have 400 square pixels
+    assert metrics["APL"] is None and metrics["ARL"] is None
+
+
+def test_crowds_are_no_misses_and_no_hits():
+    boxes = [[0.0, 0.0, 20.0, 20.0], [40.0, 40.0, 90.0, 90.0]]
+    split = one_class_split(boxes, crowd=[False, True])
+    inside_the_crowd = [45.0, 45.0, 60.0, 60.0]
+    metrics, _ = coco_metrics(split, {1: found([boxes[0], inside_the_crowd], [0, 0], [0.5, 0.9])})
+    assert metrics["AP"] == pytest.approx(1, abs=1e-12)
+
+
+def test_equal_to_pycocotools_on_files(tmp_path):
+    rng = np.random.default_rng(0)
+    images, annotations, results = [], [], []
+    for image_id in range(3, 23):
+        images.append({"id": image_id, "file_name": f"{image_id}.png", "width": 60, "height": 50})
+        for _ in range(rng.integers(0, 6)):
+            x, y = rng.integers(0, 30, 2)
+            w, h = rng.integers(5, 20, 2)
+            category = int(rng.choice([3, 17, 90]))
+            box = [int(v) for v in (x, y, w, h)]
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "bbox": box})
+            annotations[-1] |= {"area": int(w * h), "iscrowd": 0}
+            for _ in range(rng.integers(0, 4)):
+                moved = [float(np.float32(v)) for v in np.array(box) + rng.normal(0, 0.5, 4).clip(-1, 1)]
+                score = float(np.float32(rng.random()))
+                result = {
+                    "image_id": image_id,
+                    "category_id": int(rng.choice([category, category, 3])),
+                    "bbox": moved,
+                    "score": score,
+                }
+                results.append(result)
+    data = {"images": images, "annotations": annotations, "categories": coco_files.CATEGORIES}
+    json_path, image_dir = coco_files.write(tmp_path, data)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    truth = COCO(str(json_path))
+    reference = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+
+    split = load_split(json_path, image_dir)
+    label_of = {category_id: label for label, category_id in enumerate(split.categories)}
+    detections = {}
+    for image_id in {result["image_id"] for result in results}:
+        mine = [result for result in results if result["image_id"] == image_id]
+        xywh = torch.tensor([result["bbox"] for result in mine], dtype=torch.float64)
+        detections[image_id] = {
+            "boxes": torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1),
+            "labels": torch.tensor([label_of[result["category_id"]] for result in mine]),
+            "scores": torch.tensor([result["score"] for result in mine], dtype=torch.float64),
+        }
+    metrics, _ = coco_metrics(split, detections)
+    assert 0.1 < metrics["AP"] < 0.9
+    values = [-1 if metrics[name] is None else metrics[name] for name in STATS]
+    np.testing.assert_allclose(values, reference.stats, rtol=0, atol=1e-12)
+
+
+def test_a_class_without_examples():
+    split = one_class_split([[0.0, 0.0, 20.0, 20.0]])
+    split = Split(None, None, split.images, {7: "thing", 9: "ghost"})
+    metrics, _ = coco_metrics(split, {1: found([[0.0, 0.0, 20.0, 20.0], [1.0, 1.0, 5.0, 5.0]], [0, 1], [0.9, 0.8])})
+    assert metrics["AP"] == pytest.approx(1, abs=1e-12)  # the mean over classes that occur
+    assert metrics["per_class"]["ghost"] == {
+        **{"AP": None, "AP50": None, "boxes": 0},
+        **{"best_f1": None, "best_f1_threshold": None, "precision": None, "recall": None},
+    }
+    lines = per_class_table(metrics).splitlines()
+    assert lines[1].split() == ["thing", "1", "1.000", "1.000", "1.000", "0.900"]
+    assert lines[2].split() == ["ghost", "0", "-", "-", "-", "-"]
