@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,15 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged, holds code, or is no checkpoint of `detr train`.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the checkpoint is missing")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: not a readable checkpoint: damaged, or of another program")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the checkpoint is missing") from None
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: refused: holds more than tensors and plain values, or is damaged") from None
-    except (OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: refused: holds more than tensors and plain values") from None
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
     missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if missing:
@@ -96,33 +99,3 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
             shapes = (str(list(side[name])) if name in side else "no such tensor" for side in (expected, given))
             raise CheckpointError("{}: of another model: {}: expected {}, got {}".format(path, name, *shapes))
     model.load_state_dict(weights)
-
-
-def load_pretrained(model: nn.Module, path: Path, class_names: list[str]) -> str:
-    """Start `model` from the checkpoint of a model of the same shape that may know other classes.
-
-    Rows of the class heads are copied by class name; classes that the checkpoint does not know stay as initialised.
-
-    Returns:
-        One line that says what was loaded.
-
-    Raises:
-        CheckpointError: as `load` and `load_weights`.
-    """
-    content = load(path)
-    known = {name: row for row, name in enumerate(content["class_names"])}
-    pairs = [(row, known[name]) for row, name in enumerate(class_names) if name in known]
-    rows, known_rows = (list(column) for column in zip(*pairs, strict=True)) if pairs else ([], [])
-    weights = dict(content["model"])
-    for name, tensor in model.state_dict().items():
-        if name.startswith("class_embed.") and name in weights:
-            head = tensor.clone()
-            # a softmax head has one more row, "no object"
-            extra = len(head) - len(class_names)
-            head[rows + list(range(-extra, 0))] = weights[name][known_rows + list(range(-extra, 0))]
-            weights[name] = head
-    load_weights(model, weights, path)
-    new = [name for name in class_names if name not in known]
-    return f"{path}: loaded; {len(pairs)} of {len(class_names)} classes known" + (
-        f", new: {', '.join(new)}" if new else ""
-    )

@@ -19,6 +19,7 @@ from detr.evaluate import evaluate, per_class_table
 from detr.images import DataError
 from detr.predict import find_images, predict
 from detr.synth import write_dataset
+from detr.weights import load_weights
 
 # flags of `train` that replace a field of the preset: type, unit
 _CONFIG_FLAGS = {
@@ -80,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--preset", choices=PRESETS, default="tiny", help="model and recipe")
     training.add_argument("--out", type=Path, default=Path("runs/train"), help="run directory, new")
     training.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
-    training.add_argument("--weights", type=Path, help="start from the weights of this checkpoint")
+    training.add_argument(
+        "--weights",
+        type=Path,
+        help="start from the weights in this file or folder: ours, official, Hugging Face, torchvision",
+    )
     for name, (kind, unit) in _CONFIG_FLAGS.items():
         flag = f"--{name.replace('_', '-')}"
         training.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{unit} (default: the preset's)")
@@ -183,7 +188,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume:
         trainer.load_state(state, path)
     elif options.weights:
-        print(checkpoint.load_pretrained(trainer.model, options.weights, splits["train"].class_names))
+        try:
+            print(load_weights(trainer.model, options.weights, trainer.split.class_names))
+        except ValueError as error:
+            raise checkpoint.CheckpointError(str(error)) from None
     millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     images = f"{len(splits['train'].images)} training and {len(splits['val'].images)} validation images"
     print(f"{config.name}: {millions:.2f} M parameters; {images}; {len(trainer.split.categories)} classes")

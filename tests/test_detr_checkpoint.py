@@ -1,0 +1,143 @@
+"""Checkpoints are whole or absent, run nothing, and say what is wrong with them."""
+
+import errno
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from detr import checkpoint
+from detr.checkpoint import CheckpointError
+from detr.config import preset
+from detr.model import build_model
+
+CONFIG = preset("tiny", d_model=32, n_heads=2, ffn_dim=32, n_queries=8)
+
+
+def content(config=CONFIG, names=("ant", "bee")):
+    torch.manual_seed(1)
+    model = build_model(config, len(names))
+    return {
+        "config": config.to_dict(),
+        "class_names": list(names),
+        "category_ids": [7, 3][: len(names)],
+        "model": model.state_dict(),
+    }
+
+
+def test_round_trip(tmp_path):
+    written = content()
+    checkpoint.save(tmp_path / "a.pt", written)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    read = checkpoint.load(tmp_path / "a.pt")
+    assert {key: value for key, value in read.items() if key != "model"} == {
+        key: value for key, value in written.items() if key != "model"
+    }
+    torch.testing.assert_close(read["model"], written["model"], rtol=0, atol=0)
+    model, config, categories = checkpoint.load_model(tmp_path / "a.pt", torch.device("cpu"))
+    assert config == CONFIG and categories == {7: "ant", 3: "bee"} and not model.training
+    torch.testing.assert_close(dict(model.state_dict()), dict(written["model"]), rtol=0, atol=0)
+
+
+def test_pre_trained_weights_are_not_fetched_again(tmp_path):
+    config = preset("deformable_detr_r50", enc_layers=1, dec_layers=1, backbone="resnet18", n_queries=5)
+    written = content(replace(config, pretrained_backbone=False))
+    checkpoint.save(tmp_path / "a.pt", written | {"config": config.to_dict()})
+    assert config.pretrained_backbone
+    assert not checkpoint.load_model(tmp_path / "a.pt", torch.device("cpu"))[1].pretrained_backbone
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")]
+)
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, failure):
+    checkpoint.save(tmp_path / "a.pt", content())
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def fail(_, file):
+        file.write(b"half a check")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(CheckpointError, match=r"a\.pt: not written: .*(No space left|unexpected pos)"):
+        checkpoint.save(tmp_path / "a.pt", content())
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from detr import checkpoint
+path = Path(sys.argv[1])
+checkpoint.save(path, {"step": 1})
+save = torch.save
+def kill_in_the_middle(content, file):
+    save(content, file)
+    file.truncate(file.tell() // 2)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = kill_in_the_middle
+checkpoint.save(path, {"step": 2})
+"""
+
+
+def test_kill_while_writing(tmp_path):
+    path = tmp_path / "a.pt"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=120)
+    assert done.returncode == -9
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    # the next write is not disturbed by what was left
+    checkpoint.save(path, {"step": 3})
+    assert torch.load(path, weights_only=True) == {"step": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    torch.save(content() | {"extra": Malicious(tmp_path / "ran")}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=r"bad\.pt: refused"):
+        checkpoint.load(tmp_path / "bad.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    checkpoint.save(tmp_path / "cut.pt", content())
+    data = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name, message in (
+        ("none.pt", "the checkpoint is missing"),
+        ("cut.pt", "not a readable checkpoint"),
+        ("text.pt", "not a readable checkpoint"),
+        ("other.pt", "config: not in the file"),
+        ("list.pt", "config: not in the file"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            checkpoint.load(tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+def test_weights_of_another_model(tmp_path):
+    written = content()
+    for change, message in (
+        ({"config": CONFIG.to_dict() | {"d_model": 64}}, r"of another model: .*: expected \[.*\], got \[.*\]"),
+        ({"config": CONFIG.to_dict() | {"two_stage": True}}, r"expected \[.*\], got no such tensor"),
+        ({"config": CONFIG.to_dict() | {"dec_layers": 1}}, r"expected no such tensor, got \[.*\]"),
+        ({"class_names": ["ant", "bee", "cat"]}, r"class_embed\.0\.weight: expected \[3, 32\], got \[2, 32\]"),
+        ({"config": CONFIG.to_dict() | {"colour": "red"}}, "config: unknown field 'colour'"),
+    ):
+        checkpoint.save(tmp_path / "a.pt", written | change)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load_model(tmp_path / "a.pt", torch.device("cpu"))

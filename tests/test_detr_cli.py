@@ -1,0 +1,217 @@
+"""The command from end to end: every file of a run, every error in one line."""
+
+import json
+import subprocess
+import sys
+
+import coco_files
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from detr import demo
+from detr.cli import main
+from detr.config import Config
+
+torch.set_num_threads(1)  # test processes share the cores
+SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    assert main(["synth", str(root), "--train", "6", "--val", "4", "--size", "64", "--seed", "3"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "new"
+    assert main(["train", "--data", str(data), "--out", str(out), "--steps", "2", *SMALL]) == 0
+    return out
+
+
+def test_the_files_of_a_run(data, run):
+    names = {path.name for path in run.iterdir()}
+    [events] = [name for name in names if name.startswith("events.out.tfevents")]
+    assert names - {events} == {
+        *("config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "eval.json", "curves.png", "predictions.png")
+    }
+    record = json.loads((run / "config.json").read_text())
+    config = Config.from_dict(record["config"])
+    assert (config.name, config.d_model, config.image_size, config.batch_size, config.steps) == ("tiny", 32, 64, 2, 2)
+    assert record["data"] == {"data": str(data)}
+    assert record["classes"] == {"1": "disc", "2": "square", "3": "triangle", "4": "star", "5": "cross"}
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {"loss", "loss_ce", "loss_bbox", "loss_giou", "grad_norm", "lr", "seconds_per_step"}
+    assert [row["step"] for row in rows] == [2, 2]
+    assert losses <= rows[0].keys() and all(rows[0][name] > 0 for name in losses - {"lr"})
+    assert {"AP", "AP50", "AP75", "AR100"} <= rows[1].keys()
+
+    metrics = json.loads((run / "eval.json").read_text())
+    assert metrics["AP"] == rows[1]["AP"] and metrics["step"] == 2 and metrics["best_AP"] == metrics["AP"]
+    assert list(metrics["per_class"]) == list(record["classes"].values())
+
+    board = EventAccumulator(str(run)).Reload()
+    assert board.Scalars("loss")[0].value == pytest.approx(rows[0]["loss"], rel=1e-6)
+    assert board.Scalars("AP")[0].step == 2
+
+    last, best = (torch.load(run / name, weights_only=True) for name in ("checkpoint.pt", "best.pt"))
+    assert last["steps_done"] == 2 and last["category_ids"] == [1, 2, 3, 4, 5]
+    torch.testing.assert_close(last["model"], best["model"], rtol=0, atol=0)
+    assert "optimizer" in last and "optimizer" not in best
+    for name in ("curves.png", "predictions.png"):
+        pixels = np.asarray(Image.open(run / name).convert("RGB"))
+        assert pixels.shape[0] > 300 and pixels.shape[1] > 1000 and pixels.std() > 10
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt"])
+def test_eval_repeats_the_metrics_of_the_training(data, run, tmp_path, capsys, name):
+    out = tmp_path / "metrics.json"
+    assert main(["eval", "--data", str(data), "--checkpoint", str(run / name), "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ]" in table
+    assert "triangle" in table
+    metrics, trained = json.loads(out.read_text()), json.loads((run / "eval.json").read_text())
+    assert metrics["images"] == 4
+    for key in ("AP", "AP50", "AR100", "per_class"):
+        assert metrics[key] == trained[key]
+
+
+def test_predict(data, run, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(run / "best.pt"), "--out", str(out), "--threshold", "0"]
+    assert main(["predict", str(data / "val"), *arguments]) == 0
+    results = json.loads((out / "predictions.json").read_text())
+    assert [result["file"] for result in results] == [str(data / "val" / f"{i:06d}.jpg") for i in range(4)]
+    for result in results:
+        assert len(result["detections"]) == 100
+        assert {row["category_id"] for row in result["detections"]} <= {1, 2, 3, 4, 5}
+        scores = [row["score"] for row in result["detections"]]
+        assert scores == sorted(scores, reverse=True)
+    assert Image.open(out / "000003.jpg").size == (64, 64)
+    (data / "val" / "broken.jpg").write_text("x")
+    assert main(["predict", str(data / "val"), *arguments]) == 1
+    (data / "val" / "broken.jpg").unlink()
+
+
+def test_resume_of_a_finished_run_changes_nothing(run, capsys):
+    files = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt", "eval.json")}
+    assert main(["train", "--resume", str(run)]) == 0
+    assert {name: (run / name).read_bytes() for name in files} == files
+    assert main(["train", "--resume", str(run), "--lr", "1"]) == 1
+    assert "--resume continues the run as it was: lr cannot be changed" in capsys.readouterr().err
+
+
+def test_weights_of_another_label_set(data, run, tmp_path, capsys):
+    content = coco_files.content()
+    content["categories"] = [{"id": 4, "name": "bee"}, {"id": 8, "name": "star"}]
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["category_id"] = 4 if i % 2 else 8
+    for split in ("train", "val"):
+        coco_files.write(tmp_path / "data", content, split)
+    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "0", *SMALL]
+    arguments += ["--set", "lr_backbone=0"]
+    assert main(["train", "--weights", str(run / "best.pt"), *arguments]) == 0
+    old, new = (torch.load(path / "best.pt", weights_only=True)["model"] for path in (run, tmp_path / "run"))
+    assert new["class_embed.1.weight"].shape == (2, 32)
+    torch.testing.assert_close(new["class_embed.1.weight"][1], old["class_embed.1.weight"][3], rtol=0, atol=0)
+    torch.testing.assert_close(new["bbox_embed.0.layers.0.weight"], old["bbox_embed.0.layers.0.weight"], rtol=0, atol=0)
+    # and two-stage weights do not fit silently
+    capsys.readouterr()
+    (tmp_path / "other.pt").write_text("x")
+    assert (
+        main(["train", "--weights", str(tmp_path / "other.pt"), *arguments[:2], "--out", str(tmp_path / "b"), *SMALL])
+        == 1
+    )
+    assert f"detr train: error: {tmp_path / 'other.pt'}:" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(data, run, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    json_path, _ = coco_files.write(broken)
+    content = coco_files.content()
+    content["annotations"][1]["category_id"] = 4
+    json_path.write_text(json.dumps(content))
+    other = tmp_path / "other"
+    coco_files.write(other, split="val")
+    best = str(run / "best.pt")
+    for arguments, message in (
+        (["train"], "--data: expected the folder of a dataset, got nothing"),
+        (["train", "--data", str(tmp_path / "none")], f"{tmp_path / 'none'}: expected a folder"),
+        (["train", "--data", str(broken)], f"{json_path}: annotation 11: category_id: 4 is none of the 3"),
+        (["train", "--data", str(data), "--out", str(run)], f"{run / 'checkpoint.pt'}: a run is here already"),
+        (["train", "--data", str(data), "--set", "colour=red"], "config: unknown field 'colour'"),
+        (["train", "--data", str(data), "--set", 'dropout="x"'], "config: dropout: expected float"),
+        (
+            ["train", "--data", str(data), "--device", "abacus"],
+            "--device: expected cpu, cuda, cuda:1, ..., got 'abacus'",
+        ),
+        (["train", "--resume", str(tmp_path)], f"{tmp_path / 'checkpoint.pt'}: the checkpoint is missing"),
+        (["train", "--resume", str(run), "--set", "lr=2"], "--resume continues the run as it was: lr=2"),
+        (["eval", "--data", str(data), "--checkpoint", str(json_path)], f"{json_path}: not a readable checkpoint"),
+        (["eval", "--data", str(data), "--checkpoint", best, "--split", "test"], "no json of the split 'test'"),
+        (
+            ["eval", "--data", str(other), "--checkpoint", best],
+            "category 90: name: expected no such category, got 'zebra'",
+        ),
+        (["predict", str(tmp_path / "none.jpg"), "--checkpoint", best], "none.jpg: expected an image"),
+    ):
+        assert main(arguments) == 1, arguments
+        error = capsys.readouterr().err
+        assert error.startswith(f"detr {arguments[0]}: error: ") and message in error
+        assert error.count("\n") == 1
+
+
+def test_more_objects_than_queries_are_warned_of(data, tmp_path, capsys):
+    arguments = ["--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL, "--set", "n_queries=1"]
+    assert main(["train", *arguments]) == 0
+    assert "n_queries = 1 can be found" in capsys.readouterr().err
+
+
+def test_check_data(data, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert main(["check-data", str(data), "--json", str(report)]) == 0
+    found = json.loads(report.read_text())
+    assert found["train"]["images"] == 6 and found["train_problems"] == [] and found["val"]["images"] == 4
+    json_path, image_dir = coco_files.write(tmp_path / "bad")
+    coco_files.write(tmp_path / "bad", split="val")
+    (image_dir / "c.png").write_bytes((image_dir / "c.png").read_bytes()[:-300])
+    capsys.readouterr()
+    assert main(["check-data", str(tmp_path / "bad"), "--json", str(report)]) == 1
+    output = capsys.readouterr().out
+    assert f"error image file: 1, the first: {json_path}: image 9: file_name:" in output
+    assert output.endswith("fatal problems: 1\n")
+    [problem] = json.loads(report.read_text())["train_problems"]
+    assert (problem["entry"], problem["field"], problem["fatal"]) == ("image 9", "file_name", True)
+
+
+@pytest.mark.parametrize("command", ["synth", "check-data", "train", "eval", "predict"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "detr", "eval"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert "the following arguments are required: --data, --checkpoint" in done.stderr
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    arguments = ["--out", str(tmp_path / "demo"), "--train", "4", "--val", "2", "--steps", "1"]
+    assert demo.main(arguments) == 1  # one step does not reach the AP that the demo expects
+    printed = capsys.readouterr()
+    for name in ("run/curves.png", "run/predictions.png", "predict"):
+        assert str(tmp_path / "demo" / name) in printed.out
+        assert (tmp_path / "demo" / name).exists()
+    assert "expected an AP of at least 0.62" in printed.err
+    monkeypatch.setattr(demo, "MIN_AP", 0.0)
+    assert demo.main(arguments) == 0

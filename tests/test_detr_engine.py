@@ -1,0 +1,207 @@
+"""Training: resumed bit for bit, interruptible, and able to learn."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from detr import checkpoint
+from detr.checkpoint import CheckpointError
+from detr.config import preset
+from detr.data import find_split, load_split, validation_loader
+from detr.engine import Trainer, TrainingError, evaluation_is_due, lr_factor, train
+from detr.evaluate import evaluate
+from detr.synth import write_dataset
+
+CPU = torch.device("cpu")
+torch.set_num_threads(1)  # test processes share the cores
+# dropout: the random state counts
+SMALL = preset(
+    "tiny",
+    **{"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "dropout": 0.1},
+    **{"image_size": 64, "max_size": 64, "batch_size": 2, "steps": 20, "warmup_steps": 5, "eval_steps": 10},
+)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("synthetic")
+    write_dataset(root, 7, 3, 64, 0)
+    train_split = load_split(*find_split(root, "train"))
+    return train_split, load_split(*find_split(root, "val"), train_split.categories)
+
+
+def advance(trainer, steps):
+    batches = trainer.batches()
+    return [trainer.step(next(batches)) for _ in range(steps)]
+
+
+def assert_same_state(a, b):
+    for key in ("model", "rng"):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    for key in ("scheduler", "steps_done", "best_ap"):
+        assert a[key] == b[key]
+    sums = [{name: value for name, value in state["sums"].items() if name != "seconds_per_step"} for state in (a, b)]
+    assert sums[0] == sums[1]
+
+
+def test_ten_steps_and_ten_more_are_twenty(splits, tmp_path):
+    straight = Trainer(SMALL, splits[0], CPU)
+    losses = advance(straight, 20)
+    first = Trainer(SMALL, splits[0], CPU)
+    begun = advance(first, 10)
+    checkpoint.save(tmp_path / "a.pt", first.state())
+    torch.rand(100)
+    second = Trainer(SMALL, splits[0], CPU, workers=1)
+    second.load_state(checkpoint.load(tmp_path / "a.pt"), tmp_path / "a.pt")
+    assert begun + advance(second, 10) == losses
+    assert_same_state(second.state(), straight.state())
+    assert second.finished and list(second.batches()) == []
+    # and the seed counts
+    other = Trainer(replace(SMALL, seed=7), splits[0], CPU)
+    assert advance(other, 3) != losses[:3]
+
+
+def test_a_state_of_another_run_is_refused(splits, tmp_path):
+    trainer = Trainer(SMALL, splits[0], CPU)
+    path = tmp_path / "a.pt"
+    with pytest.raises(CheckpointError, match=r"a\.pt: optimizer: not in the file: only checkpoint\.pt can be resumed"):
+        trainer.load_state(trainer.weights(), path)
+    with pytest.raises(CheckpointError, match=r"train_images: of another dataset: expected 7, got 8"):
+        trainer.load_state(trainer.state() | {"train_images": 8}, path)
+    wider = Trainer(replace(SMALL, ffn_dim=64), splits[0], CPU)
+    with pytest.raises(
+        CheckpointError, match=r"of another model: .*linear1\.weight: expected \[64, 32\], got \[32, 32\]"
+    ):
+        wider.load_state(trainer.state(), path)
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run):
+    return [{name: value for name, value in row.items() if name != "seconds_per_step"} for row in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def straight_run(splits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    assert (
+        train(Trainer(SMALL, splits[0], CPU), validation_loader(splits[1], SMALL, CPU), out, {"data": "x"}) is not None
+    )
+    return out
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(splits, tmp_path, straight_run, monkeypatch, signum):
+    step = Trainer.step
+
+    def interrupted(trainer, batch):
+        if trainer.steps_done == 12:
+            os.kill(os.getpid(), signum)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    val = validation_loader(splits[1], SMALL, CPU)
+    handler = signal.getsignal(signum)
+    assert train(Trainer(SMALL, splits[0], CPU), val, tmp_path, {"data": "x"}) is None
+    assert signal.getsignal(signum) is handler
+    monkeypatch.undo()
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert state["steps_done"] == 13
+    assert not (tmp_path / "eval.json").exists() and (tmp_path / "curves.png").exists()
+    # lines that a killed process wrote after its last checkpoint, the last one cut short
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "loss": 1}\n{"step": 15, "lo')
+
+    resumed = Trainer(SMALL, splits[0], CPU)
+    resumed.load_state(state, tmp_path / "checkpoint.pt")
+    metrics = train(resumed, val, tmp_path, {"data": "x"})
+    assert without_times(tmp_path) == without_times(straight_run)
+    assert metrics == json.loads((straight_run / "eval.json").read_text())
+    assert_same_state(checkpoint.load(tmp_path / "checkpoint.pt"), checkpoint.load(straight_run / "checkpoint.pt"))
+    best, expected = (checkpoint.load(run / "best.pt") for run in (tmp_path, straight_run))
+    torch.testing.assert_close(best["model"], expected["model"], rtol=0, atol=0)
+
+
+def test_a_run_that_was_killed_after_its_last_step(splits, tmp_path, straight_run):
+    trainer = Trainer(SMALL, splits[0], CPU)
+    trainer.load_state(checkpoint.load(straight_run / "checkpoint.pt"), straight_run / "checkpoint.pt")
+    (tmp_path / "metrics.jsonl").write_text((straight_run / "metrics.jsonl").read_text())
+    metrics = train(trainer, validation_loader(splits[1], SMALL, CPU), tmp_path, {"data": "x"})
+    assert metrics == json.loads((straight_run / "eval.json").read_text())
+    assert rows(tmp_path) == rows(straight_run)
+    assert (tmp_path / "predictions.png").exists()
+
+
+def test_metrics_are_means_over_the_steps(splits, straight_run):
+    trainer = Trainer(SMALL, splits[0], CPU)
+    losses = advance(trainer, 20)
+    [row] = [row for row in rows(straight_run) if "loss" in row]
+    assert row["step"] == 20 and row["epoch"] == round(40 / 7, 4)
+    assert row["loss"] == pytest.approx(sum(losses) / 20, rel=1e-12)
+    terms = [value for name, value in row.items() if name.startswith("loss_")]
+    assert row["loss"] == pytest.approx(sum(terms), rel=1e-5)
+    assert [row["step"] for row in rows(straight_run) if "AP" in row] == [10, 20]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(splits):
+    trainer = Trainer(SMALL, splits[0], CPU)
+    images, mask, targets = next(trainer.batches())
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    targets[1]["boxes"] = targets[1]["boxes"] * float("nan")
+    ids = [target["image_id"] for target in targets]
+    with pytest.raises(TrainingError, match=rf"step 1: the loss is nan, on the images \[{ids[0]}, {ids[1]}\]"):
+        trainer.step((images, mask, targets))
+    torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_learning_rates():
+    step = preset("tiny", warmup_steps=4, schedule="step")
+    expected = [0.25, 0.5, 0.75, 1, *[1] * 12, *[0.1] * 4]
+    assert [lr_factor(s, 20, step) for s in range(20)] == pytest.approx(expected)
+    cosine = preset("tiny", warmup_steps=4, schedule="cosine")
+    assert [lr_factor(s, 12, cosine) for s in (0, 3, 4, 6, 8, 10, 12)] == pytest.approx(
+        [0.25, 1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2, 0]
+    )
+
+
+def test_the_groups_follow_the_schedule(splits):
+    trainer = Trainer(SMALL, splits[0], CPU)
+    advance(trainer, 2)
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates["rest"] == pytest.approx(SMALL.lr * 3 / 5)
+    assert rates["offsets"] == pytest.approx(SMALL.lr * 3 / 5 * SMALL.lr_offsets_mult)
+
+
+def test_evaluations_by_steps_or_epochs(splits):
+    for fields, expected in (
+        ({"eval_steps": 8}, [8, 16, 20]),
+        ({"eval_steps": None, "eval_every": 1}, [4, 7, 11, 14, 18, 20]),  # 3.5 steps an epoch
+        ({"eval_steps": None, "eval_every": 3}, [11, 20]),
+        ({"eval_steps": None, "eval_every": 2, "steps": None, "epochs": 4}, [7, 14]),
+    ):
+        trainer = Trainer(replace(SMALL, **fields), splits[0], CPU)
+        due = []
+        for step in range(1, trainer.total_steps + 1):
+            trainer.steps_done = step
+            due += [step] * evaluation_is_due(trainer)
+        assert due == expected
+
+
+def test_eight_images_are_learned_by_heart(tmp_path):
+    write_dataset(tmp_path, 8, 1, 96, 3)
+    split = load_split(*find_split(tmp_path, "train"))
+    config = preset("tiny", image_size=96, max_size=96, steps=300)
+    trainer = Trainer(config, split, CPU)
+    losses = advance(trainer, 300)
+    metrics, _ = evaluate(trainer.model, validation_loader(split, config, CPU), CPU)
+    assert metrics["images"] == 8
+    assert losses[-1] < 0.1 * losses[0]
+    assert metrics["AP"] >= 0.95
