@@ -10,6 +10,7 @@ Calls with NaN or infinity in them, with levels that do not fit, of other method
 import functools
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,19 @@ class _Levels(NamedTuple):
     base: Tensor  # [B, 1, M, K] row of the first pixel
 
 
-class _Samples(NamedTuple):
+class Samples(NamedTuple):
     """The two neighbours of each sample along each axis; the dimensions are neighbour, (x, y), B, Q, M, K."""
 
     pixel: Tensor  # moved into the level where outside
     weight: Tensor  # of the linear interpolation, 0 where moved
     slope: Tensor | None  # derivative of the weight by the location, 0 where moved
+
+
+class Stages(NamedTuple):
+    """The element-wise parts of the algorithm, which `inductor.py` compiles; the rest are calls into PyTorch."""
+
+    bags: Callable
+    sample_gradients: Callable
 
 
 def fallback_forward(
@@ -52,22 +60,9 @@ def fallback_forward(
 ) -> Tensor:
     """[B, Q, M * D] in value's dtype; arguments as of `ms_deform_attn_reference`. Autograd does not see through it."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
-    B, _, M, D = value.shape
-    dtype = compute_dtype(value, sampling_locations, attention_weights)
-    levels = None
-    if _is_usual(value, sampling_locations, attention_weights, method):
-        table, steps = _as_table(value.to(dtype))
-        levels = _levels(spatial_shapes, level_start_index, num_points, value.shape, steps, dtype)
-    if levels is None:
-        return ms_deform_attn_reference(*inputs)
-    outs = []
-    for locations, attn in _query_chunks(_CHUNK_FORWARD, sampling_locations, attention_weights):
-        samples = _samples(locations.to(dtype), levels)
-        rows, weights = _bags(samples, attn.to(dtype), levels)
-        corners = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-        outs.append(corners.view(4, B, -1, M * D).sum(0))
-    out = _cat(outs)
-    return out.to(value.dtype) if _is_finite(out) else ms_deform_attn_reference(*inputs)
+    if torch.compiler.is_compiling():
+        return _traced_forward(*inputs)
+    return run_forward(_EAGER, *inputs)
 
 
 def fallback_backward(
@@ -86,6 +81,38 @@ def fallback_backward(
     grad_out: [B, Q, M * D]. The other arguments are those of `fallback_forward`.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
+    if torch.compiler.is_compiling():
+        grads = _traced_backward(grad_out, *inputs, list(needs))
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return run_backward(_EAGER, grad_out, *inputs, needs)
+
+
+def run_forward(
+    stages: Stages, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method
+) -> Tensor:
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
+    B, _, M, D = value.shape
+    dtype = compute_dtype(value, sampling_locations, attention_weights)
+    levels = None
+    if _is_usual(value, sampling_locations, attention_weights, method):
+        table, steps = _as_table(value.to(dtype))
+        levels = _levels(spatial_shapes, level_start_index, num_points, value.shape, steps, dtype)
+    if levels is None:
+        return ms_deform_attn_reference(*inputs)
+    outs = []
+    for locations, attn in _query_chunks(_CHUNK_FORWARD, sampling_locations, attention_weights):
+        rows, weights, _ = stages.bags(locations.to(dtype), attn.to(dtype), levels, False)
+        corners = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+        outs.append(corners.view(4, B, -1, M * D).sum(0))
+    out = _cat(outs)
+    return out.to(value.dtype) if _is_finite(out) else ms_deform_attn_reference(*inputs)
+
+
+def run_backward(
+    stages: Stages, grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+    num_points, method, needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
     B, S, M, D = value.shape
     dtype = compute_dtype(value, sampling_locations, attention_weights)
     levels = None
@@ -96,9 +123,8 @@ def fallback_backward(
     table = value.to(dtype).reshape(B * S * M, D)
     grad_table, grads_locations, grads_weights = None, [], []
     for locations, attn, grad in _query_chunks(_CHUNK_BACKWARD, sampling_locations, attention_weights, grad_out):
-        samples = _samples(locations.to(dtype), levels, with_slope=needs[1])
-        attn = attn.to(dtype)
-        rows, weights = _bags(samples, attn, levels)
+        locations, attn = locations.to(dtype), attn.to(dtype)
+        rows, weights, samples = stages.bags(locations, attn, levels, needs[1])
         if not _is_finite(weights):
             return _reference_backward(grad_out, inputs, needs)
         grad_bags = grad.to(dtype).expand(4, -1, -1, -1).reshape(-1, D)
@@ -109,7 +135,7 @@ def fallback_backward(
             products = _products(rows, grad_bags, table)
             if not _is_finite(products):
                 return _reference_backward(grad_out, inputs, needs)
-            grad_locations, grad_weights = _sample_gradients(samples, attn, products.view(2, 2, *attn.shape))
+            grad_locations, grad_weights = stages.sample_gradients(samples, attn, products.view(2, 2, *attn.shape))
             grads_locations.append(grad_locations)
             grads_weights.append(grad_weights)
     return (
@@ -132,10 +158,10 @@ def _reference_backward(grad_out: Tensor, inputs: tuple, needs: tuple[bool, bool
 
 
 def _is_usual(value: Tensor, locations: Tensor, weights: Tensor, method: str) -> bool:
-    # this file reads numbers back: free on a CPU, a graph break under torch.compile and a sync elsewhere
-    if method != "default" or value.device.type != "cpu" or torch.compiler.is_compiling():
+    # numbers are read back, which is free on CPUs only
+    if method != "default" or value.device.type != "cpu" or value.numel() == 0 or weights.numel() == 0:
         return False
-    return value.numel() > 0 and weights.numel() > 0 and _is_finite(locations)
+    return _is_finite(locations)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -196,7 +222,7 @@ def _levels(
     return _Levels(size, first, last, scale, heads + torch.tensor(base, dtype=index))
 
 
-def _samples(locations: Tensor, levels: _Levels, with_slope: bool = False) -> _Samples:
+def _samples(locations: Tensor, levels: _Levels, with_slope: bool) -> Samples:
     # masks are numbers here: comparing and selecting costs ten times an addition in eager PyTorch
     position = locations.movedim(-1, 0).contiguous().mul(levels.size).sub_(0.5)
     low = position.floor()
@@ -211,16 +237,17 @@ def _samples(locations: Tensor, levels: _Levels, with_slope: bool = False) -> _S
         # a location exactly one pixel before the first does not count, though its upper neighbour is inside
         slope = inside.mul_(torch.sign(position + 1).mul_(levels.size))
         slope[0].neg_()
-    return _Samples(pixel, weight, slope)
+    return Samples(pixel, weight, slope)
 
 
-def _bags(samples: _Samples, attn: Tensor, levels: _Levels) -> tuple[Tensor, Tensor]:
+def corner_bags(locations: Tensor, attn: Tensor, levels: _Levels, with_slope: bool) -> tuple[Tensor, Tensor, Samples]:
     """Rows of the table and their weights, [2 (y) * 2 (x) * B * Q * M, K]: a bag for each of the four corners."""
+    samples = _samples(locations, levels, with_slope)
     x, y = (samples.pixel.to(levels.scale.dtype) * levels.scale).unbind(1)
     wx, wy = samples.weight.unbind(1)
     rows = (y + levels.base).unsqueeze(1) + x
     weights = (wy * attn).unsqueeze(1) * wx
-    return rows.view(-1, attn.shape[-1]), weights.view(-1, attn.shape[-1])
+    return rows.view(-1, attn.shape[-1]), weights.view(-1, attn.shape[-1]), samples
 
 
 def _sum_transposed_bags(rows: Tensor, weights: Tensor, grad_bags: Tensor, table_rows: int) -> Tensor:
@@ -245,13 +272,13 @@ def _products(rows: Tensor, grad_bags: Tensor, table: Tensor) -> Tensor:
     _accept_beta()
     bags, per_bag = rows.shape
     ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype)
-    wanted = torch.sparse_csr_tensor(
-        ends, rows.flatten(), table.new_zeros(bags * per_bag), (bags, len(table)), check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(wanted, grad_bags, table.T, beta=0).values()
+    products = table.new_empty(bags * per_bag)
+    wanted = torch.sparse_csr_tensor(ends, rows.flatten(), products, (bags, len(table)), check_invariants=False)
+    torch.sparse.sampled_addmm(wanted, grad_bags, table.T, beta=0, out=wanted)  # writes into products
+    return products
 
 
-def _sample_gradients(samples: _Samples, attn: Tensor, products: Tensor) -> tuple[Tensor | None, Tensor]:
+def sample_gradients(samples: Samples, attn: Tensor, products: Tensor) -> tuple[Tensor | None, Tensor]:
     """Gradients of locations [B, Q, M, K, 2] and weights [B, Q, M, K] from the products [2 (y), 2 (x), B, Q, M, K]."""
     (wx0, wy0), (wx1, wy1) = samples.weight
     at_x = torch.addcmul(wy0 * products[0], wy1, products[1])  # [2 (x), B, Q, M, K]
@@ -263,3 +290,57 @@ def _sample_gradients(samples: _Samples, attn: Tensor, products: Tensor) -> tupl
     at_xy = torch.stack((at_x, at_y), 1)
     grad_locations = torch.addcmul(low * at_xy[0], high, at_xy[1]) * attn
     return grad_locations.movedim(0, -1), grad_weights
+
+
+_EAGER = Stages(corner_bags, sample_gradients)
+
+
+# Under torch.compile and torch.export the fallback is one node: what it does depends on numbers that graphs do not see.
+
+
+@torch.library.custom_op("msda_triton::fallback_forward", mutates_args=())
+def _traced_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    method: str,
+) -> Tensor:
+    return run_forward(
+        _EAGER, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method
+    )
+
+
+@_traced_forward.register_fake
+def _(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method):
+    return value.new_empty(value.shape[0], attention_weights.shape[1], value.shape[2] * value.shape[3])
+
+
+@torch.library.custom_op("msda_triton::fallback_backward", mutates_args=())
+def _traced_backward(
+    grad_out: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int],
+    method: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
+    grads = run_backward(_EAGER, grad_out, *inputs, needs)
+    return tuple(value.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+@_traced_backward.register_fake
+def _(
+    grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method, needs
+):
+    inputs = (value, sampling_locations, attention_weights)
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else value.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    )

@@ -1,0 +1,52 @@
+"""backend="inductor": the numbers of the specification, one compilation for all image sizes, and clear errors."""
+
+import pytest
+import torch
+import torch._inductor.config
+from test_fallback import check, computed, grad_like, make_inputs
+
+from msda_triton import inductor
+from msda_triton.fallback import fallback_backward, fallback_forward
+from msda_triton.inductor import inductor_backward, inductor_forward
+
+
+def test_equals_the_fallback_and_compiles_once():
+    torch._dynamo.reset()
+    inductor._compiled.cache_clear()
+    counters = torch._dynamo.utils.counters
+    for levels, Q in (([(7, 5), (2, 2)], 5), ([(4, 9), (3, 3)], 12), ([(2, 3), (5, 5)], 33)):
+        inputs = make_inputs(levels=levels, points=(2, 2), Q=Q, dtype=torch.float32)
+        grad_out = grad_like(inputs)
+        got = inductor_forward(*inputs), *inductor_backward(grad_out, *inputs, (True, True, True))
+        if Q == 5:
+            compiled = counters["stats"]["unique_graphs"]
+            assert compiled >= 2
+        for mine, eager in zip(got, computed(inputs, grad_out), strict=True):
+            torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
+        check(inputs, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_not_a_cpu():
+    inputs = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in make_inputs()]
+    with pytest.raises(ValueError, match=r"value: backend='inductor' is for tensors on a CPU, got one on meta"):
+        inductor_forward(*inputs)
+    with pytest.raises(ValueError, match="on meta"):
+        inductor_backward(torch.empty(2, 5, 24, device="meta"), *inputs, (True, True, True))
+
+
+def test_no_compiler():
+    inductor._compiled.cache_clear()
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with no_compiler, pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler"):
+        inductor_forward(*make_inputs())
+
+
+def test_nothing_finite_goes_to_the_specification():
+    inputs = make_inputs()
+    inputs[3][0, 0, 0, 0, 0] = torch.nan
+    grad_out = grad_like(inputs)
+    assert torch.equal(inductor_forward(*inputs), fallback_forward(*inputs))
+    needs = (True, True, True)
+    pairs = zip(inductor_backward(grad_out, *inputs, needs), fallback_backward(grad_out, *inputs, needs), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
