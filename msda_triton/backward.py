@@ -15,9 +15,11 @@ from msda_triton.bilinear import (
     load_pixel,
     load_reference,
     load_weight,
+    narrow,
     softmax_rows,
     to_pixel,
     unmasked,
+    widen,
 )
 from msda_triton.launch import grid, kernel_arguments
 from msda_triton.tuning import BACKWARD_CONFIGS, autotune
@@ -28,7 +30,7 @@ def _store_row(ptr, x, mask_q, LANES: tl.constexpr):
     """Store [BLOCK_Q], as columns of which the first is written: x keeps its layout and shared memory stays unused."""
     lane = tl.arange(0, LANES)[None, :]
     mask = mask_q[:, None] & (lane == 0)
-    tl.store(ptr[:, None] + lane * 0, tl.broadcast_to(x[:, None], [x.shape[0], LANES]), mask=mask)
+    tl.store(ptr[:, None] + lane * 0, narrow(tl.broadcast_to(x[:, None], [x.shape[0], LANES]), ptr), mask=mask)
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def _backward_pixel(
     if NEEDS_VALUE:
         grad = weight[:, None] * grad_out
         if scale is not None:
-            grad = (grad * scale).to(tl.int64)
+            grad = tl.floor(grad * scale + 0.5).to(tl.int64)
         add_pixel(grad_ptrs, grad, as_column(inside & mask_q, d_add) & mask_add, D, BLOCK_D, ADD_SPREAD)
     return dot
 
@@ -101,7 +103,7 @@ def _msda_bwd_kernel(
         mask_ptr += b * S
     d_out = tl.arange(0, BLOCK_D)[None, :]
     grad_out_ptr += (row0 * M + m) * D + (row * (M * D))[:, None] + d_out
-    grad_out = tl.load(grad_out_ptr, mask=mask_q[:, None] & (d_out < D), other=0.0).to(ACC)
+    grad_out = widen(tl.load(grad_out_ptr, mask=mask_q[:, None] & (d_out < D), other=0.0), ACC)
 
     cols = tl.arange(0, BLOCK_K)[None, :]
     grad_weights = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
@@ -125,8 +127,8 @@ def _msda_bwd_kernel(
         sum_w = tl.zeros((BLOCK_Q,), ACC)
         sum_h = tl.zeros((BLOCK_Q,), ACC)
         for p in tl.range(num_points, loop_unroll_factor=UNROLL):
-            u = tl.load(loc_ptr + 2 * (k + p)).to(ACC)
-            v = tl.load(loc_ptr + 2 * (k + p) + 1).to(ACC)
+            u = widen(tl.load(loc_ptr + 2 * (k + p)), ACC)
+            v = widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC)
             x = to_pixel(u, ref_x, step_x, W, REF_DIM, METHOD)
             y = to_pixel(v, ref_y, step_y, H, REF_DIM, METHOD)
             attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)
@@ -201,10 +203,10 @@ def _msda_bwd_kernel(
     if REF_DIM > 0 and grad_attn_ptr is not None:
         # softmax: grad_logit = attn * (grad_attn - sum_j attn_j grad_attn_j)
         mask_k = mask_q[:, None] & (cols < K)
-        logits = tl.load(attn_ptr[:, None] + cols, mask=mask_k, other=-float("inf")).to(ACC)
+        logits = widen(tl.load(attn_ptr[:, None] + cols, mask=mask_k, other=-float("inf")), ACC)
         attn = tl.exp(logits - row_max[:, None]) * row_scale[:, None]
         grad_logits = attn * (grad_weights - tl.sum(attn * grad_weights, 1)[:, None])
-        tl.store((grad_attn_ptr + attn_offset)[:, None] + cols, grad_logits, mask=mask_k)
+        tl.store((grad_attn_ptr + attn_offset)[:, None] + cols, narrow(grad_logits, grad_attn_ptr), mask=mask_k)
 
 
 def launch_backward(

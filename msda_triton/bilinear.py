@@ -27,19 +27,38 @@ def load_level(shapes_ptr, starts_ptr, l, next_start, S):
 
 
 @triton.jit
+def widen(x, ACC: tl.constexpr):
+    """x in the accumulator's dtype."""
+    # bfloat16 and float64 meet in float32: the interpreter converts them wrongly without it
+    if x.dtype == tl.bfloat16:
+        return x.to(tl.float32).to(ACC)
+    else:
+        return x.to(ACC)
+
+
+@triton.jit
+def narrow(x, ptrs):
+    """x in the dtype that ptrs point to."""
+    if ptrs.dtype.element_ty == tl.bfloat16:
+        return x.to(tl.float32).to(tl.bfloat16)
+    else:
+        return x.to(ptrs.dtype.element_ty)
+
+
+@triton.jit
 def load_reference(ref_ptr, l, num_points, ACC: tl.constexpr, REF_DIM: tl.constexpr, REF_L: tl.constexpr):
     """Reference point (x, y) of every query and, for boxes, the (w, h) that an offset of 1 moves; zeros without one."""
     if REF_DIM == 0:
         return 0.0, 0.0, 0.0, 0.0
     else:
         ref_ptr += (l if REF_L > 1 else 0) * REF_DIM
-        x = tl.load(ref_ptr).to(ACC)
-        y = tl.load(ref_ptr + 1).to(ACC)
+        x = widen(tl.load(ref_ptr), ACC)
+        y = widen(tl.load(ref_ptr + 1), ACC)
         if REF_DIM == 2:
             return x, y, 0.0, 0.0
         else:
-            w = tl.load(ref_ptr + 2).to(ACC)
-            h = tl.load(ref_ptr + 3).to(ACC)
+            w = widen(tl.load(ref_ptr + 2), ACC)
+            h = widen(tl.load(ref_ptr + 3), ACC)
             return x, y, w * 0.5 / num_points, h * 0.5 / num_points
 
 
@@ -59,7 +78,7 @@ def to_pixel(u, ref, step, size, REF_DIM: tl.constexpr, METHOD: tl.constexpr):
 @triton.jit
 def load_weight(attn_ptr, row_max, row_scale, ACC: tl.constexpr, FUSED: tl.constexpr):
     """Attention weight of one sample per row; of a logit if FUSED, with the row's maximum and 1 / sum."""
-    weight = tl.load(attn_ptr).to(ACC)
+    weight = widen(tl.load(attn_ptr), ACC)
     if FUSED:
         weight = tl.exp(weight - row_max) * row_scale
     return weight
@@ -69,7 +88,7 @@ def load_weight(attn_ptr, row_max, row_scale, ACC: tl.constexpr, FUSED: tl.const
 def softmax_rows(logit_ptr, ACC: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Maximum and 1 / sum of exp of every row of logits."""
     k = tl.arange(0, BLOCK_K)[None, :]
-    logits = tl.load(logit_ptr[:, None] + k, mask=k < K, other=-float("inf")).to(ACC)
+    logits = widen(tl.load(logit_ptr[:, None] + k, mask=k < K, other=-float("inf")), ACC)
     row_max = tl.max(logits, 1)
     return row_max, 1.0 / tl.sum(tl.exp(logits - row_max[:, None]), 1)
 
@@ -152,13 +171,13 @@ def load_pixel(ptrs, mask, ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.const
         # a bfloat16 is the upper half of a float32: one instruction a channel
         words = tl.load(ptrs, mask=mask, other=0)
         pair = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(pair, [pair.shape[0], BLOCK_D])
+        return tl.reshape(pair, [pair.shape[0], BLOCK_D]).to(ACC)
     elif SPREAD == "halves":
         low = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         high = tl.load(ptrs + D // 2, mask=mask, other=0.0).to(ACC)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 3, 1, 2)), [low.shape[0], BLOCK_D])
     else:
-        return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+        return widen(tl.load(ptrs, mask=mask, other=0.0), ACC)
 
 
 @triton.jit

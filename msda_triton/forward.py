@@ -13,9 +13,11 @@ from msda_triton.bilinear import (
     load_pixel,
     load_reference,
     load_weight,
+    narrow,
     softmax_rows,
     to_pixel,
     unmasked,
+    widen,
 )
 from msda_triton.launch import grid, kernel_arguments
 from msda_triton.tuning import FORWARD_CONFIGS, autotune
@@ -67,8 +69,8 @@ def _msda_fwd_kernel(
         H = H.to(ACC)
         W = W.to(ACC)
         for p in tl.range(num_points, loop_unroll_factor=UNROLL):
-            x = to_pixel(tl.load(loc_ptr + 2 * (k + p)).to(ACC), ref_x, step_x, W, REF_DIM, METHOD)
-            y = to_pixel(tl.load(loc_ptr + 2 * (k + p) + 1).to(ACC), ref_y, step_y, H, REF_DIM, METHOD)
+            x = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p)), ACC), ref_x, step_x, W, REF_DIM, METHOD)
+            y = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC), ref_y, step_y, H, REF_DIM, METHOD)
             attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)
             fx, fy, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W, METHOD)
             in00 = unmasked(in00, mask_level_ptr, token)
@@ -95,7 +97,7 @@ def _msda_fwd_kernel(
 
     d_out = tl.arange(0, BLOCK_D)[None, :]
     out_ptr += (row0 * M + m) * D + (q * (M * D))[:, None] + d_out
-    tl.store(out_ptr, out, mask=(q < Q - q0)[:, None] & (d_out < D))
+    tl.store(out_ptr, narrow(out, out_ptr), mask=(q < Q - q0)[:, None] & (d_out < D))
 
 
 def launch_forward(

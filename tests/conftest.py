@@ -1,0 +1,32 @@
+"""Without a GPU the kernels run in Triton's interpreter, chosen here before the first kernel is decorated."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch) -> None:
+    """Memory that a kernel forgets to write reads as NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() and x.numel() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)

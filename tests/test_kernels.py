@@ -1,0 +1,223 @@
+"""The kernels (interpreted without a GPU) against the float64 oracle: forward and every gradient."""
+
+import pytest
+import torch
+from attention import assert_error_budget, gradients, make_inputs, oracle, oracle_gradients, reference
+
+from msda_triton import ms_deform_attn
+
+NAMES = ("out", "grad_value", "grad_locations", "grad_weights")
+SHAPES = [(6, 9), (3, 5), (2, 2), (1, 1), (4, 3)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def check(shapes, inputs, **options):
+    """Output and gradients of the kernels within the error budget of the oracle."""
+    B, _, M, D = inputs[0].shape
+    grad_out = torch.randn(B, inputs[1].shape[1], M * D, dtype=torch.float64).to(inputs[0].dtype).to(inputs[0].device)
+    got = gradients(lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton", **options), inputs, grad_out)
+    rounded = gradients(lambda v, x, a: reference(v, shapes, x, a), inputs, grad_out)
+    exact = oracle_gradients(lambda v, x, a: oracle(v, shapes, x, a), inputs, grad_out)
+    assert_error_budget(got, rounded, exact, NAMES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [1, 2, 8, 24, 30, 32, 64, 71])
+def test_channels(D, dtype, device, poisoned_empty):
+    check(SHAPES[:2], make_inputs(SHAPES[:2], Q=19 if D < 64 else 5, D=D, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("P", range(1, 9))
+@pytest.mark.parametrize("L", range(1, 6))
+def test_levels_and_points(L, P, device, poisoned_empty):
+    check(SHAPES[:L], make_inputs(SHAPES[:L], Q=5, P=P, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize("Q", [1, 31, 32, 33, 128, 130, 257])
+@pytest.mark.parametrize("D", [1, 32])
+def test_queries(Q, D, device, poisoned_empty):
+    check(SHAPES[:2], make_inputs(SHAPES[:2], B=1, Q=Q, M=1, D=D, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("D", [256, 1025, 2048])
+def test_many_channels(D, device, poisoned_empty):
+    check(SHAPES[:1], make_inputs(SHAPES[:1], B=1, Q=3, M=1, D=D, P=1, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("location_dtype", DTYPES, ids=str)
+def test_mixed_dtypes(dtype, location_dtype, device, poisoned_empty):
+    check(SHAPES[:2], make_inputs(SHAPES[:2], D=16, dtype=dtype, location_dtype=location_dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_border_and_integer_positions(dtype, device):
+    """Every multiple of a quarter pixel from two pixels left of the map to two right of it, on both axes."""
+    H, W = 4, 8  # powers of two: (x + 0.5) / W is exact
+    x, y = torch.arange(-2, W + 1.25, 0.25), torch.arange(-2, H + 1.25, 0.25)
+    grid = torch.stack(torch.meshgrid((x + 0.5) / W, (y + 0.5) / H, indexing="xy"), -1).view(1, -1, 1, 1, 1, 2)
+    value = torch.randn(1, H * W, 1, 8, dtype=torch.float64).to(dtype).to(device).requires_grad_()
+    locations = grid.to(device).requires_grad_()
+    weights = torch.ones(1, grid.shape[1], 1, 1, 1, dtype=dtype, device=device, requires_grad=True)
+    check([(H, W)], (value, locations, weights))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3.4e38, -0.0, 1e-42])
+def test_strange_locations(bad, device, poisoned_empty):
+    inputs = make_inputs(SHAPES[:2], D=32, device=device)
+    with torch.no_grad():
+        inputs[1][0, 3, 0, 0, 1, 0] = bad
+        inputs[1][1, 5, 1, 1, 0, 1] = bad
+        inputs[1][1, 7, 1, 1, 0] = bad
+    check(SHAPES[:2], inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_not_finite_values_stay_where_they_are(dtype, device):
+    """NaN or infinity in a pixel or a weight reaches exactly the outputs that the specification says."""
+    shapes = SHAPES[:2]
+    inputs = make_inputs(shapes, D=8, dtype=dtype, device=device)
+    with torch.no_grad():
+        inputs[0][0, 0, 0, 2] = float("nan")
+        inputs[0][0, 7, 1, 5] = float("inf")
+        inputs[0][1, 54, 1, 0] = -float("inf")
+        inputs[2][1, 3, 0, 1, 1] = float("nan")
+    got = ms_deform_attn(inputs[0], shapes, inputs[1], inputs[2], backend="triton").float()
+    want = reference(inputs[0], shapes, inputs[1], inputs[2]).float()
+    torch.testing.assert_close(got.nan_to_num(7, 8, 9), want.nan_to_num(7, 8, 9), rtol=1e-2, atol=1e-2)
+    assert (got.isnan() == want.isnan()).all()
+    assert (got.isinf() == want.isinf()).all()
+
+
+@pytest.mark.parametrize("D", [2, 30, 32, 64, 71, 1025])
+def test_gradcheck_on_the_shapes_of_the_original(D, device):
+    """N, M = 1, 2; two queries, levels and points; maps (6, 4) and (3, 2): the test of the CUDA extension."""
+    shapes = [(6, 4), (3, 2)]
+    value = (torch.rand(1, 30, 2, D, dtype=torch.float64, device=device) * 0.01).requires_grad_()
+    locations = torch.rand(1, 2, 2, 2, 2, 2, dtype=torch.float64, device=device).requires_grad_()
+    weights = torch.rand(1, 2, 2, 2, 2, dtype=torch.float64, device=device) + 1e-5
+    weights = (weights / weights.sum((-1, -2), keepdim=True)).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton"), (value, locations, weights), fast_mode=D > 2
+    )
+
+
+@pytest.mark.parametrize("B, Q", [(0, 3), (2, 0), (0, 0)])
+def test_empty(B, Q, device):
+    inputs = make_inputs([(3, 4)], B=B, Q=Q, device=device)
+    grads = gradients(
+        lambda v, x, a: ms_deform_attn(v, [(3, 4)], x, a, backend="triton"), inputs, torch.ones(B, Q, 16, device=device)
+    )
+    assert grads[0].shape == (B, Q, 16)
+    for x, grad in zip(inputs, grads[1:], strict=True):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+def test_no_tokens(device):
+    value = torch.zeros(1, 0, 2, 8, device=device)
+    _, locations, weights = make_inputs([(0, 3)], B=1, Q=4, device=device)
+    out = ms_deform_attn(value, [(0, 3)], locations, weights, backend="triton")
+    assert out.shape == (1, 4, 16)
+    assert not out.any()
+
+
+VIEWS = {
+    "head-major": lambda v: v.transpose(1, 2).contiguous().transpose(1, 2),
+    "sequence-first": lambda v: v.transpose(0, 1).contiguous().transpose(0, 1),
+    "slice of a packed projection": lambda v: torch.cat([v, v * 2, v * 3], -1)[..., v.shape[-1] : 2 * v.shape[-1]],
+    "every other token": lambda v: v.repeat_interleave(2, 1)[:, ::2],
+    "expanded batch": lambda v: v[:1].expand(2, -1, -1, -1),
+    "channels strided": lambda v: v.repeat_interleave(2, -1)[..., ::2],
+    "odd offset": lambda v: torch.cat([v.new_zeros(1), v.flatten()])[1:].view(v.shape),
+    "odd stride": lambda v: torch.nn.functional.pad(v, (0, 1))[..., :-1],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides_of_value(view, dtype, device, poisoned_empty):
+    value, locations, weights = make_inputs(SHAPES[:2], D=16, dtype=dtype, device=device)
+    value = VIEWS[view](value.detach()).requires_grad_()
+    check(SHAPES[:2], (value, locations, weights))
+
+
+def test_contiguous_last_dimension_is_read_in_place(device, monkeypatch):
+    value, locations, weights = make_inputs(SHAPES[:2], D=16, device=device)
+    head_major = VIEWS["head-major"](value.detach())
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self, *a, **k: seen.append(self.shape) or self)
+    ms_deform_attn(head_major, SHAPES[:2], locations, weights, backend="triton")
+    assert head_major.shape not in seen
+
+
+def test_level_start_index_out_of_order(device, poisoned_empty):
+    shapes = [(3, 5), (6, 9)]
+    value, locations, weights = make_inputs(shapes, device=device)
+    swapped = torch.cat([value[:, 15:], value[:, :15]], 1)
+    got = ms_deform_attn(swapped, shapes, locations, weights, level_start_index=[54, 0], backend="triton")
+    torch.testing.assert_close(got, reference(value, shapes, locations, weights))
+
+
+@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1) if a + b + c])
+def test_only_the_gradients_asked_for(needs, device, monkeypatch):
+    import msda_triton.backward
+
+    calls = []
+    launch = msda_triton.backward.launch_backward
+    monkeypatch.setattr(msda_triton.backward, "launch_backward", lambda *a: calls.append(launch(*a)) or calls[-1])
+    inputs = make_inputs(SHAPES[:2], D=16, device=device)
+    full = gradients(
+        lambda v, x, a: ms_deform_attn(v, SHAPES[:2], x, a, backend="triton"),
+        inputs,
+        torch.ones(2, 19, 32, device=device),
+    )
+    calls.clear()
+    some = [x.detach().requires_grad_(bool(n)) for x, n in zip(inputs, needs, strict=True)]
+    out = ms_deform_attn(some[0], SHAPES[:2], *some[1:], backend="triton")
+    out.backward(torch.ones_like(out))
+    assert [g is not None for g in calls[0][:3]] == [bool(n) for n in needs]
+    for x, n, grad in zip(some, needs, full[1:], strict=True):
+        if n:
+            torch.testing.assert_close(x.grad, grad, rtol=1e-5, atol=1e-6)
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_backward(dtype, device):
+    """The same bits whatever the order of the additions: here the queries are reversed, which reverses every sum."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        shapes = [(2, 3), (1, 1)]
+        inputs = make_inputs(shapes, B=1, Q=300, M=1, D=8, dtype=dtype, device=device)
+        grad_out = torch.randn(1, 300, 8, dtype=torch.float64).to(dtype).to(device)
+        check(shapes, inputs)
+        function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton")  # noqa: E731
+        _, forwards, *_ = gradients(function, inputs, grad_out)
+        mirrored = [inputs[0], *(x.detach().flip(1).requires_grad_() for x in inputs[1:])]
+        _, backwards, *_ = gradients(function, mirrored, grad_out.flip(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(forwards, backwards)
+
+
+def test_deterministic_backward_passes_nan_on(device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        inputs = make_inputs([(2, 3)], B=1, Q=4, M=2, D=8, device=device)
+        grad_out = torch.ones(1, 4, 16, device=device)
+        grad_out[0, 2, 3] = float("nan")
+        _, grad_value, *_ = gradients(
+            lambda v, x, a: ms_deform_attn(v, [(2, 3)], x, a, backend="triton"), inputs, grad_out
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert grad_value[:, :, 0].isnan().all()
+    assert grad_value[:, :, 1].isfinite().all()
+
+
+def test_gradgradcheck(device):
+    shapes = [(3, 4), (2, 2)]
+    inputs = make_inputs(shapes, B=1, Q=2, M=1, D=2, P=2, dtype=torch.float64, device=device)
+    assert torch.autograd.gradgradcheck(lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton"), inputs)
