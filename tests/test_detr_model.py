@@ -348,6 +348,17 @@ def test_autocast_keeps_boxes_and_logits_in_float32():
     assert all(reference.dtype == torch.float32 for reference in references)
 
 
+def test_compiles_without_a_graph_break():
+    model = build_model(preset("tiny_two_stage", enc_layers=1, dec_layers=1), 3).eval()
+    perturb(model)
+    batch = make_batch((64, 96), (96, 32))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        outputs, expected = compiled(*batch), model(*batch)
+    for key in ("logits", "boxes"):
+        torch.testing.assert_close(outputs[key], expected[key])
+
+
 def test_number_of_classes_is_checked():
     with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
         build_model(PRESETS["tiny"], 0)
