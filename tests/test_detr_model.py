@@ -220,6 +220,9 @@ def test_two_stage_starts_from_the_best_proposals():
     config = preset("tiny_two_stage", d_model=32, n_queries=6)
     model = build_model(config, 3).eval()
     perturb(model)
+    with torch.no_grad():  # score highest what stands in the place of tokens that are not usable
+        blank = model.transformer.enc_output_norm(model.transformer.enc_output.bias)
+        model.class_embed[-1].weight[0] = blank
     seen = {}
     model.transformer.decoder.register_forward_pre_hook(lambda module, args: seen.update(reference=args[2]))
     images, mask = make_batch((64, 96), (96, 48))
@@ -240,6 +243,7 @@ def test_two_stage_starts_from_the_best_proposals():
         assert not seen["reference"].requires_grad
         # what is not usable is a box of the whole image, as in the original
         unusable = torch.tensor(score).isinf()
+        assert proposals["logits"][b, :, 0].argmax() in unusable.nonzero()
         assert unusable.any() and (proposals["boxes"][b][unusable] == 1).all()
         # an untrained head adds nothing to the anchors
     model.bbox_embed[-1].layers[-1].weight.data.zero_()
