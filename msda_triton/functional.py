@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msda_triton.op import MSDeformAttn, locations_and_weights
+from msda_triton.op import Attention, locations_and_weights, reference_attention
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "torch", "inductor")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 METHODS = ("default", "discrete", "discrete_h")
 
@@ -44,8 +44,8 @@ def ms_deform_attn(
             pixel at floor(location * size + 0.5), clamped to the map, without gradient to the location (RT-DETRv2);
             "discrete_h" clamps x with H - 1 too, as the original RT-DETRv2 and D-FINE code does (the same on square
             maps; on wider ones its right part is never read).
-        backend: "auto" takes Triton for tensors on a GPU and the PyTorch fallback elsewhere; "triton" and "torch" never
-            fall back.
+        backend: "auto" takes Triton for tensors on a GPU and the PyTorch fallback elsewhere; "triton" never falls
+            back; "torch" is the fallback, "inductor" the fallback compiled for CPUs (needs a C++ compiler).
     Returns:
         [B, Q, M * D] in value's dtype. Coordinates, weights and sums are float32 at least, whatever the inputs.
     Raises:
@@ -63,10 +63,9 @@ def ms_deform_attn(
         num_points = list(num_points)
     _check_samples(value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points)
     shapes, starts = _levels(value, spatial_shapes, level_start_index, len(num_points))
-    return MSDeformAttn.apply(
-        value, shapes, starts, sampling_locations, attention_weights, None, None, num_points, _method(method),
-        _backend(value, backend),
-    )  # fmt: skip
+    return _attend(
+        value, shapes, starts, sampling_locations, attention_weights, None, None, num_points, method, backend
+    )
 
 
 def ms_deform_attn_fused(
@@ -122,15 +121,7 @@ def ms_deform_attn_fused(
             _raise_shape("value_mask", value.shape[:2], value_mask)
         _check_same_device("value_mask", value_mask, value.device)
     shapes, starts = _levels(value, spatial_shapes, level_start_index, L)
-    method, backend = _method(method), _backend(value, backend)
-    if backend != "triton":
-        if value_mask is not None:
-            value = value.masked_fill(value_mask[:, :, None, None], 0)
-        locations, weights = locations_and_weights(
-            shapes, sampling_offsets, attention_logits, reference_points, num_points
-        )
-        return MSDeformAttn.apply(value, shapes, starts, locations, weights, None, None, num_points, method, backend)
-    return MSDeformAttn.apply(
+    return _attend(
         value, shapes, starts, sampling_offsets, attention_logits, reference_points, value_mask, num_points, method,
         backend,
     )  # fmt: skip
@@ -156,6 +147,22 @@ class MSDeformAttnFunction:
             attention_weights,
             level_start_index=value_level_start_index,
         )
+
+
+def _attend(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    backend = _backend(value, backend)
+    if backend == "triton":
+        return Attention.apply(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
+    if torch.compiler.is_exporting():
+        # plain operators, which ONNX, AOTInductor and other runtimes know
+        return reference_attention(value, shapes, starts, locations, weights, reference, mask, num_points, method)
+    if reference is not None:
+        locations, weights = locations_and_weights(shapes, locations, weights, reference, num_points)
+    if mask is not None:
+        value = value.masked_fill(mask[:, :, None, None], 0)
+    return Attention.apply(value, shapes, starts, locations, weights, None, None, num_points, method, backend)
 
 
 def _raise_shape(name: str, expected, got: Tensor):
@@ -272,12 +279,6 @@ def _warn_no_triton(device_type: str) -> None:
     )
 
 
-def _method(method: str) -> str:
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    return method
-
-
 def _backend(value: Tensor, backend: str) -> str:
     """ "triton" or "torch", for "auto" by the device of value."""
     device = value.device.type
@@ -290,6 +291,8 @@ def _backend(value: Tensor, backend: str) -> str:
         return "triton"
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "inductor" and device != "cpu":
+        raise ValueError(f"backend: 'inductor' needs tensors on the CPU, got {device}")
     if backend == "triton":
         if not _triton_installed():
             raise ValueError("backend: 'triton' needs the package triton, which is not installed")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from msda_triton.functional import ms_deform_attn
+from msda_triton.functional import ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -70,21 +70,13 @@ class MSDeformAttn(nn.Module):
         B, Q, _ = query.shape
         S = input_flatten.shape[1]
         M, L, P = self.n_heads, self.n_levels, self.n_points
-        value = self.value_proj(input_flatten)
-        if input_padding_mask is not None:
-            value = value.masked_fill(input_padding_mask[..., None], 0.0)
-        value = value.view(B, S, M, self.d_model // M)
-        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
-        reference = reference_points[:, :, None, :, None]  # [B, Q, 1, L or 1, 1, 2 or 4]
-        if reference_points.shape[-1] == 2:
-            shapes = torch.as_tensor(input_spatial_shapes, device=query.device)
-            locations = reference + offsets / shapes.flip(-1)[None, None, None, :, None]
-        elif reference_points.shape[-1] == 4:
-            locations = reference[..., :2] + offsets / P * reference[..., 2:] * 0.5
-        else:
-            raise ValueError(
-                f"reference_points: expected a last dimension of 2 or 4, got shape {tuple(reference_points.shape)}"
-            )
-        out = ms_deform_attn(value, input_spatial_shapes, locations, weights, level_start_index=input_level_start_index)
+        out = ms_deform_attn_fused(
+            self.value_proj(input_flatten).view(B, S, M, self.d_model // M),
+            input_spatial_shapes,
+            reference_points,
+            self.sampling_offsets(query).view(B, Q, M, L, P, 2),
+            self.attention_weights(query).view(B, Q, M, L, P),
+            level_start_index=input_level_start_index,
+            value_mask=input_padding_mask,
+        )
         return self.output_proj(out)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from msda_triton.fallback import fallback_backward, fallback_forward
-from msda_triton.reference import ms_deform_attn_reference
+from msda_triton.inductor import inductor_backward, inductor_forward
+from msda_triton.reference import level_of_point, ms_deform_attn_reference
 
 _INPUTS = (
     "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor locations, Tensor weights, "
@@ -68,7 +69,7 @@ _forward_op = torch.ops.msda_triton.forward.default
 _backward_op = torch.ops.msda_triton.backward.default
 
 
-class MSDeformAttn(torch.autograd.Function):
+class Attention(torch.autograd.Function):
     """Attention with one pass per direction. Locations are offsets and weights logits if reference points are given."""
 
     @staticmethod
@@ -77,21 +78,22 @@ class MSDeformAttn(torch.autograd.Function):
         ctx.options = num_points, method, backend
         if backend == "triton":
             return _forward_op(value, shapes, starts, locations, weights, num_points, method, reference, mask)
-        return fallback_forward(value, shapes, starts, locations, weights, num_points, method)
+        run = inductor_forward if backend == "inductor" else fallback_forward
+        return run(value, shapes, starts, locations, weights, num_points, method)
 
     @staticmethod
     def backward(ctx, grad_out):
         needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5)]
         if torch.is_grad_enabled():
-            grads = MSDeformAttnBackward.apply(grad_out, *ctx.saved_tensors, *ctx.options, needs)
+            grads = AttentionBackward.apply(grad_out, *ctx.saved_tensors, *ctx.options, needs)
         else:
             grads = _gradients(grad_out, *ctx.saved_tensors, *ctx.options, needs)
         grad_value, grad_locations, grad_weights, grad_reference = grads
         return grad_value, None, None, grad_locations, grad_weights, grad_reference, None, None, None, None
 
 
-class MSDeformAttnBackward(torch.autograd.Function):
-    """The backward of `MSDeformAttn`, whose own gradient goes through the differentiable reference."""
+class AttentionBackward(torch.autograd.Function):
+    """The backward of `Attention`, whose own gradient goes through the differentiable reference."""
 
     @staticmethod
     def forward(
@@ -132,7 +134,8 @@ def _gradients(
             grad_out, value, shapes, starts, locations, weights, num_points, method, reference, mask, needs
         )
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    grads = fallback_backward(grad_out, value, shapes, starts, locations, weights, num_points, method, tuple(needs[:3]))
+    run = inductor_backward if backend == "inductor" else fallback_backward
+    grads = run(grad_out, value, shapes, starts, locations, weights, num_points, method, tuple(needs[:3]))
     return (*grads, None)
 
 
@@ -142,15 +145,15 @@ def locations_and_weights(
     """Sampling locations [B, Q, M, K, 2] and softmax weights [B, Q, M, K] of the fused inputs, in float32 at least."""
     dtype = torch.promote_types(torch.promote_types(offsets.dtype, reference_points.dtype), torch.float32)
     offsets, reference = offsets.to(dtype), reference_points.to(dtype)
-    counts = torch.tensor(num_points, device=offsets.device)
-    level = torch.repeat_interleave(torch.arange(len(num_points), device=offsets.device), counts)
+    level = level_of_point(spatial_shapes, num_points)
     reference = reference[
         :, :, None, level if reference.shape[2] > 1 else torch.zeros_like(level)
     ]  # [B, Q, 1, K, 2 or 4]
     if reference.shape[-1] == 2:
         locations = reference + offsets / spatial_shapes.flip(-1)[level]
     else:
-        locations = reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / counts[level].to(dtype))[:, None])
+        points = torch.tensor(num_points, device=offsets.device, dtype=dtype)[level, None]
+        locations = reference[..., :2] + offsets * (reference[..., 2:] * 0.5 / points)
     return locations, logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
 
@@ -161,3 +164,13 @@ def reference_attention(value, shapes, starts, locations, weights, reference, ma
     if mask is not None:
         value = value.masked_fill(mask[:, :, None, None], 0)
     return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points, method)
+
+
+def set_autotune(enabled: bool) -> None:
+    """Whether a first call with new sizes times every kernel configuration (seconds) or takes the default one.
+
+    On by default. Under `torch.use_deterministic_algorithms(True)` the default configuration always runs.
+    """
+    from msda_triton import tuning
+
+    tuning.enabled = enabled

@@ -15,8 +15,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def level_of_point(spatial_shapes: Tensor, num_points: list[int]) -> Tensor:
     """The level that each of the K flat points samples, [K] int64."""
-    counts = torch.tensor(num_points, device=spatial_shapes.device)
-    return torch.repeat_interleave(torch.arange(len(num_points), device=counts.device), counts)
+    return torch.tensor([l for l, n in enumerate(num_points) for _ in range(n)], device=spatial_shapes.device)
 
 
 def ms_deform_attn_reference(

@@ -21,18 +21,12 @@ BACKWARD_CONFIGS = [
     triton.Config({"TILE": 256, "UNROLL": 2}, num_warps=1, num_stages=1),
 ]
 
-_tuning = True
-
-
-def set_autotune(enabled: bool) -> None:
-    """Whether a kernel's first call with new sizes times every configuration (seconds) or takes the default one."""
-    global _tuning
-    _tuning = enabled
+enabled = True  # op.set_autotune
 
 
 def _candidates(configs, named_args, **kwargs):
     # another configuration adds channels in another order: the last bit of a gradient would depend on the timing
-    return configs if _tuning and not torch.are_deterministic_algorithms_enabled() else configs[:1]
+    return configs if enabled and not torch.are_deterministic_algorithms_enabled() else configs[:1]
 
 
 def _clear_grad_value(kwargs, reset_only=False):

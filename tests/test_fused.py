@@ -1,0 +1,145 @@
+"""`ms_deform_attn_fused` and the module against softmax, locations and mask written out in float64."""
+
+import math
+
+import pytest
+import torch
+from attention import assert_error_budget, gradients, oracle, oracle_gradients
+
+from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
+
+SHAPES = [(5, 7), (3, 4), (1, 2)]
+S = 49
+NAMES = ("out", "grad_value", "grad_reference_points", "grad_offsets", "grad_logits")
+
+
+def make_inputs(dim, levels, P, D, dtype, device):
+    value = torch.randn(2, S, 2, D, dtype=torch.float64).to(dtype)
+    points = torch.rand(2, 21, levels, dim, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+    offsets = (torch.randn(2, 21, 2, 3, P, 2, dtype=torch.float64) * 2).to(dtype)
+    logits = torch.randn(2, 21, 2, 3, P, dtype=torch.float64).mul(3).to(dtype)
+    return [x.to(device).requires_grad_() for x in (value, points, offsets, logits)]
+
+
+def written_out(value, points, offsets, logits, mask, attend):
+    """The fused operator in steps; `attend` is the plain one."""
+    P = offsets.shape[4]
+    sizes = torch.tensor([(w, h) for h, w in SHAPES], dtype=points.dtype, device=points.device)
+    points = points[:, :, None, :, None]
+    offsets, logits = offsets.to(points.dtype), logits.to(points.dtype)
+    if points.shape[-1] == 2:
+        locations = points + offsets / sizes[None, None, None, :, None]
+    else:
+        locations = points[..., :2] + offsets / P * points[..., 2:] * 0.5
+    weights = logits.flatten(3).softmax(-1).view_as(logits)
+    if mask is not None:
+        value = value * ~mask[:, :, None, None]
+    return attend(value, SHAPES, locations, weights)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("dim", "levels"), [(2, 1), (2, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_output_and_gradients(dim, levels, masked, dtype, backend, device, poisoned_empty):
+    inputs = make_inputs(dim, levels, P=3, D=16, dtype=dtype, device=device)
+    mask = (torch.rand(2, S) < 0.3).to(device) if masked else None
+    grad_out = torch.randn(2, 21, 32, dtype=torch.float64).to(dtype).to(device)
+    got = gradients(
+        lambda v, r, o, a: ms_deform_attn_fused(v, SHAPES, r, o, a, value_mask=mask, backend=backend), inputs, grad_out
+    )
+    in_dtype = lambda v, r, o, a: written_out(  # noqa: E731
+        v, r, o, a, mask, lambda *x: ms_deform_attn(*x, backend="torch")
+    )
+    exact = lambda v, r, o, a: written_out(v, r, o, a, mask, oracle)  # noqa: E731
+    assert_error_budget(got, gradients(in_dtype, inputs, grad_out), oracle_gradients(exact, inputs, grad_out), NAMES)
+
+
+def test_large_logits_do_not_overflow(device):
+    value, points, offsets, logits = make_inputs(2, 1, P=3, D=8, dtype=torch.float32, device=device)
+    shifted = (logits.detach() + 300).requires_grad_()
+    outs = [ms_deform_attn_fused(value, SHAPES, points, offsets, a, backend="triton") for a in (logits, shifted)]
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_saves_nothing_of_the_size_of_float32_locations(device):
+    value, points, offsets, logits = make_inputs(2, 1, P=3, D=8, dtype=torch.bfloat16, device=device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ms_deform_attn_fused(value, SHAPES, points, offsets, logits, backend="triton")
+    floats = [x for x in saved if x.is_floating_point()]
+    assert sum(x.nbytes for x in floats) == sum(x.nbytes for x in (value, points, offsets, logits))
+
+
+def test_gradgradcheck(device):
+    shapes = [(2, 3)]
+    value = torch.randn(1, 6, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
+    points = torch.rand(1, 2, 1, 4, dtype=torch.float64, device=device, requires_grad=True)
+    offsets = torch.randn(1, 2, 1, 1, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    logits = torch.randn(1, 2, 1, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
+    function = lambda *x: ms_deform_attn_fused(x[0], shapes, *x[1:], backend="triton")  # noqa: E731
+    assert torch.autograd.gradcheck(function, (value, points, offsets, logits))
+    assert torch.autograd.gradgradcheck(function, (value, points, offsets, logits))
+
+
+def test_module_parameters_and_initialisation():
+    module = MSDeformAttn(d_model=64, n_levels=3, n_heads=8, n_points=4)
+    shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    assert shapes == {
+        "sampling_offsets.weight": (192, 64),
+        "sampling_offsets.bias": (192,),
+        "attention_weights.weight": (96, 64),
+        "attention_weights.bias": (96,),
+        "value_proj.weight": (64, 64),
+        "value_proj.bias": (64,),
+        "output_proj.weight": (64, 64),
+        "output_proj.bias": (64,),
+    }
+    assert not module.sampling_offsets.weight.any()
+    assert not module.attention_weights.weight.any() and not module.attention_weights.bias.any()
+    assert not module.value_proj.bias.any() and not module.output_proj.bias.any()
+    bias = module.sampling_offsets.bias.view(8, 3, 4, 2)
+    ring = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for m, direction in enumerate(ring):
+        for p in range(4):
+            want = torch.tensor(direction).float() * (p + 1)
+            torch.testing.assert_close(bias[m, :, p], want.expand(3, 2), rtol=0, atol=1e-5)
+    bound = math.sqrt(6 / (64 + 64))  # xavier
+    for projection in (module.value_proj, module.output_proj):
+        assert projection.weight.abs().max() <= bound
+        assert projection.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_module_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="d_model: expected a multiple of n_heads = 8, got 60"):
+        MSDeformAttn(d_model=60)
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+def test_module_forward(dim):
+    module = MSDeformAttn(d_model=16, n_levels=3, n_heads=2, n_points=3).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    query, source = torch.randn(2, 21, 16).double(), torch.randn(2, S, 16).double()
+    points, mask = torch.rand(2, 21, 3, dim).double(), torch.rand(2, S) < 0.3
+    shapes = torch.tensor(SHAPES)
+    starts = torch.tensor([0, 35, 47])
+    got = module(query, points, source, shapes, starts, mask)
+    value = module.value_proj(source).view(2, S, 2, 8)
+    offsets = module.sampling_offsets(query).view(2, 21, 2, 3, 3, 2)
+    logits = module.attention_weights(query).view(2, 21, 2, 3, 3)
+    want = module.output_proj(written_out(value, points, offsets, logits, mask, oracle))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_module_under_autocast(dtype):
+    module = MSDeformAttn(d_model=16, n_levels=3, n_heads=2, n_points=3)
+    query, source, points = torch.randn(2, 21, 16), torch.randn(2, S, 16), torch.rand(2, 21, 3, 2)
+    exact = module(query, points, source, SHAPES)
+    with torch.autocast("cpu", dtype=dtype):
+        got = module(query, points, source, SHAPES)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), exact, rtol=0.03, atol=0.03)
+    got.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
