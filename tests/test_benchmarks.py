@@ -1,0 +1,251 @@
+"""The benchmark harness: its inputs, its gate, its arithmetic and its files. Nothing here asserts a time."""
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_op, gate, providers, report, run
+from benchmarks.bench_op import Row
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, make_inputs
+from msda_triton.reference import ms_deform_attn_reference
+
+ROOT = Path(__file__).parent.parent
+DRY = WORKLOADS["dry_encoder"]
+PLAIN = ("value", "locations", "weights")
+
+
+def test_workloads_are_those_of_the_design():
+    shapes = {name: (w.B, w.S, w.Q, w.M, w.D, w.P) for name, w in WORKLOADS.items()}
+    design = {
+        "encoder": (2, 22223, 22223, 8, 32, 4),
+        "decoder": (2, 22223, 300, 8, 32, 4),
+        "dino_decoder": (2, 22223, 900, 8, 32, 4),
+        "mask2former_encoder": (2, 21504, 21504, 8, 32, 4),
+        "rtdetr_decoder": (8, 8400, 300, 8, 32, 4),
+        "bev_cross": (6, 30825, 9675, 8, 32, 8),
+        "l4_encoder": (2, 5440, 5440, 8, 32, 4),
+        "tiny": (1, 189, 25, 4, 16, 4),
+    }
+    assert {name: shapes[name] for name in design} == design
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_both_forms_of_the_inputs_agree(distribution):
+    x = make_inputs(DRY, distribution, torch.float32, "cpu")
+    again = x.from_offsets_and_logits()
+    torch.testing.assert_close(again.locations, x.locations)
+    torch.testing.assert_close(again.weights, x.weights)
+    torch.testing.assert_close(x.weights.flatten(3).sum(-1), torch.ones(2, 26, 2))
+    assert torch.equal(x.starts, torch.tensor([0, 20]))
+
+
+def test_uniform_locations_fill_the_map():
+    locations = make_inputs(WORKLOADS["tiny_encoder"], "uniform", torch.float32, "cpu").locations
+    assert locations.min() >= 0 and locations.max() <= 1
+    assert abs(locations.mean() - 0.5) < 0.01 and abs(locations.var() - 1 / 12) < 0.005
+
+
+def test_local_locations_lie_around_the_pixel_of_the_query():
+    w = WORKLOADS["tiny_encoder"]
+    x = make_inputs(w, "local", torch.float32, "cpu")
+    query = 16 * 16 + 8 * 3 + 5  # level 1, row 3, column 5
+    assert x.reference_points[0, query, 0].tolist() == [5.5 / 8, 3.5 / 8]
+    shift = (x.locations - x.reference_points[:, :, None, :, None]) * torch.tensor([(16.0, 16), (8, 8), (4, 4)])[
+        :, None
+    ]
+    # head 0 looks along +x, head 1 of 4 along +y; point p lies p + 1 pixels away, plus noise of 2 pixels
+    torch.testing.assert_close(
+        shift[:, :, 0].mean((0, 1, 2)), torch.tensor([(1.0, 0), (2, 0), (3, 0), (4, 0)]), atol=0.1, rtol=0
+    )
+    torch.testing.assert_close(
+        shift[:, :, 1].mean((0, 1, 2)), torch.tensor([(0.0, 1), (0, 2), (0, 3), (0, 4)]), atol=0.1, rtol=0
+    )
+    assert abs(shift[:, :, 0, :, :, 1].std() - 2) < 0.05
+
+
+def test_a_distribution_that_does_not_exist():
+    with pytest.raises(ValueError, match="distribution: expected one of uniform, local, got 'gauss'"):
+        make_inputs(DRY, "gauss", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_oracle_is_the_specification(distribution):
+    x = make_inputs(DRY, distribution, torch.float32, "cpu")
+    exact = gate.oracle(x, PLAIN)
+    leaves = [t.double().requires_grad_() for t in (x.value, x.locations, x.weights)]
+    out = ms_deform_attn_reference(leaves[0], x.shapes, None, leaves[1].flatten(3, 4), leaves[2].flatten(3, 4), [2, 2])
+    grads = torch.autograd.grad(out, leaves, gate.gradient(x).double())
+    for name, want in zip(("out", *PLAIN), (out.detach(), *grads), strict=True):
+        torch.testing.assert_close(exact[name], want, rtol=1e-9, atol=1e-9)
+
+
+def test_oracle_differentiates_by_offsets_and_logits():
+    x = make_inputs(DRY, "local", torch.float32, "cpu")
+    plain, fused = gate.oracle(x, PLAIN), gate.oracle(x, ("value", "offsets", "logits"))
+    # the chain rule by hand: locations = reference + offsets / size; softmax over levels and points
+    torch.testing.assert_close(fused["offsets"], plain["locations"] / x.shapes.flip(1)[:, None], rtol=1e-4, atol=1e-6)
+    weights, grad = x.weights.double().flatten(3), plain["weights"].flatten(3)
+    logits = weights * (grad - (weights * grad).sum(-1, keepdim=True))
+    torch.testing.assert_close(fused["logits"].flatten(3), logits, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", gate.LIMITS)
+@pytest.mark.parametrize("name", ["torch", "fallback"])
+def test_gate_passes_what_is_right(name, dtype):
+    x = make_inputs(DRY, "local", dtype, "cpu")
+    assert gate.check(PROVIDERS[name], x, gate.oracle(x, PLAIN)) is None
+
+
+def _detached_weights(x):
+    return providers.grid_sample(replace(x, weights=x.weights.detach())) + 0 * x.weights.sum()
+
+
+def _double(x):
+    return providers.grid_sample(x).double()
+
+
+def _query_first(x):
+    return providers.grid_sample(x).transpose(0, 1)
+
+
+WRONG = {
+    "out: relative error": lambda x: providers.grid_sample(replace(x, locations=x.locations + 0.001)),
+    "out: relative error nan": lambda x: providers.grid_sample(x) * torch.nan,
+    "gradient of weights: relative error 1.0e+00, limit 1e-04": _detached_weights,
+    "out: expected (2, 26, 16) torch.float32, got (2, 26, 16) torch.float64": _double,
+    "out: expected (2, 26, 16) torch.float32, got (26, 2, 16) torch.float32": _query_first,
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_gate_stops_what_is_wrong(reason):
+    x = make_inputs(DRY, "uniform", torch.float32, "cpu")
+    assert gate.check(Provider(WRONG[reason]), x, gate.oracle(x, PLAIN)).startswith(reason)
+
+
+def test_gate_stops_coordinates_in_half_precision():
+    def half_coordinates(x):
+        return providers.grid_sample(replace(x, locations=x.locations.to(x.value.dtype).float()))
+
+    workload = replace(WORKLOADS["l4_encoder"], Q=64)
+    x = make_inputs(workload, "uniform", torch.bfloat16, "cpu")
+    assert gate.check(Provider(half_coordinates), x, gate.oracle(x, PLAIN)).startswith("out: relative error")
+
+
+def test_what_is_wrong_or_fails_is_reported_and_not_timed(monkeypatch):
+    def fails(x):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setitem(PROVIDERS, "wrong", Provider(lambda x: providers.grid_sample(x) * 2))
+    monkeypatch.setitem(PROVIDERS, "fails", Provider(fails))
+    rows = list(bench_op.bench(DRY, "uniform", torch.float32, "cpu", ["torch", "wrong", "fails"], repeat_ms=0))
+    assert [(r.provider, r.mode, r.timer) for r in rows[:3]] == [
+        ("torch", mode, "wall") for mode in ("fwd", "bwd", "fwd+bwd")
+    ]
+    assert all(r.p20_ms <= r.p50_ms <= r.p80_ms and r.ratio == 1 for r in rows[:3])
+    assert [r.status for r in rows[3:]] == [
+        "wrong: out: relative error 1.0e+00, limit 1e-04",
+        "failed: RuntimeError: no kernel image",
+    ]
+    assert all(r.p50_ms is None and r.ratio is None for r in rows[3:])
+
+
+def test_the_baseline_comes_first():
+    with pytest.raises(ValueError, match="providers: expected torch first, got fallback"):
+        next(bench_op.bench(DRY, "uniform", torch.float32, "cpu", ["fallback", "torch"], repeat_ms=0))
+
+
+@pytest.mark.parametrize("mode", ["bwd", "fwd+bwd"])
+def test_what_is_timed_computes_all_gradients(mode):
+    x = make_inputs(DRY, "uniform", torch.float32, "cpu")
+    exact = gate.oracle(x, PLAIN)
+    for _ in range(2):  # a second call must work as the first did
+        grads = bench_op.calls("fallback", x)[mode]()
+        for name, grad in zip(PLAIN, grads, strict=True):
+            torch.testing.assert_close(grad.double(), exact[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "card, dtype, microseconds",
+    [("H100", torch.float32, 98), ("H100", torch.bfloat16, 49), ("H200", torch.float32, 98)],
+)
+def test_bound_of_the_encoder(card, dtype, microseconds):
+    # the design's table: 22.8 M corners of 32 channels through 132 * 128 bytes a clock at 1.755 GHz
+    x = make_inputs(WORKLOADS["encoder"], "uniform", dtype, "cpu")
+    assert round(bench_op.bound_ms(x, f"NVIDIA {card} 80GB", 132) * 1e3) == microseconds
+    assert bench_op.bound_ms(x, "Some other card", 132) is None
+
+
+def test_bound_of_the_decoder_is_memory():
+    x = make_inputs(WORKLOADS["decoder"], "uniform", torch.float32, "cpu")
+    samples = 2 * 300 * 8 * 16
+    expected_bytes = 4 * (2 * 22223 * 256 + samples * 3 + 2 * 300 * 256)
+    assert bench_op.bound_ms(x, "H100", 132) == pytest.approx(expected_bytes / 3350e9 * 1e3)
+
+
+ROWS = [
+    Row("decoder", "local", "torch", "fwd", "float32", "wall", 10.0, 9.0, 12.0, None, 1.0),
+    Row("decoder", "local", "fallback", "fwd", "float32", "wall", 2.5, 2.0, 3.0, None, 4.0),
+    Row("decoder", "local", "peer", "", "float32", status="wrong: out"),
+]
+PLACE = {"device": "a machine", "driver": "", "commit": "abc"}
+
+
+def test_csv(tmp_path):
+    report.write_csv(tmp_path / "x.csv", ROWS, PLACE)
+    with (tmp_path / "x.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    columns = ("provider", "p50_ms", "ratio", "peak_mib", "status", "device", "commit")
+    assert [tuple(line[column] for column in columns) for line in lines] == [
+        ("torch", "10", "1", "", "ok", "a machine", "abc"),
+        ("fallback", "2.5", "4", "", "ok", "a machine", "abc"),
+        ("peer", "", "", "", "wrong: out", "a machine", "abc"),
+    ]
+
+
+def test_markdown():
+    lines = report.markdown(ROWS, PLACE).splitlines()
+    assert lines[0].endswith("device a machine, commit abc")
+    assert lines[2:5] == [
+        "| workload | locations | dtype | mode | torch | fallback |",
+        "|---|---|---|---|---:|---:|",
+        "| decoder | local | float32 | fwd | 10 | 2.5 (4x) |",
+    ]
+    assert lines[-1] == "- peer, decoder, local, float32: wrong: out"
+
+
+def test_run_writes_its_files(tmp_path, monkeypatch, capsys):
+    arguments = "--device cpu --dry-run --provider fallback --dtype float32 --repeat 0 --distribution local --out"
+    monkeypatch.setattr(sys, "argv", ["run", *arguments.split(), str(tmp_path)])
+    run.main()
+    with (tmp_path / "dry_run.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    cases = [
+        (w, p, m)
+        for w in ("dry_encoder", "dry_decoder")
+        for p in ("torch", "fallback")
+        for m in ("fwd", "bwd", "fwd+bwd")
+    ]
+    assert [(r["workload"], r["provider"], r["mode"]) for r in lines] == cases
+    assert all(r["status"] == "ok" and float(r["p50_ms"]) > 0 and r["torch"] == torch.__version__ for r in lines)
+    assert (tmp_path / "dry_run.md").read_text().count("| dry_") == 6
+    assert (tmp_path / "dry_run.png").read_bytes().startswith(b"\x89PNG")
+    assert "wrote dry_run.csv" in capsys.readouterr().out
+
+
+def test_run_refuses_what_cannot_run_here(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "--device", "cpu", "--provider", "mmcv"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--provider: mmcv cannot run here; torch, torch_compiled, fallback, inductor" in capsys.readouterr().err
+
+
+def test_on_gpu_script_refuses_unknown_arguments():
+    done = subprocess.run(["bash", ROOT / "benchmarks/on_gpu.sh", "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "usage: benchmarks/on_gpu.sh [--dry-run]\n"
