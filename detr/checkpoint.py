@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,15 @@ def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config
     """
     content = load(path)
     config = config_of(content, path)
-    model = build_model(config, len(content["class_names"]))
+    model = build_model(replace(config, pretrained_backbone=False), len(content["class_names"]))
     load_weights(model, content["model"], path)
     return model.to(device).eval(), config, classes_of(content)
 
 
 def config_of(content: dict[str, Any], path: Path) -> Config:
-    """The config of a loaded checkpoint; its weights take the place of the backbone's pre-trained ones."""
+    """The config of a loaded checkpoint."""
     try:
-        return Config.from_dict(content["config"] | {"pretrained_backbone": False})
+        return Config.from_dict(content["config"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

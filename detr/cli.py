@@ -183,7 +183,7 @@ def _train(options: argparse.Namespace) -> int:
             f"an image has {most} objects, and only n_queries = {config.n_queries} can be found", stacklevel=1
         )
 
-    trainer = Trainer(config, splits["train"], device, options.workers)
+    trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
     val = validation_loader(splits["val"], config, device, options.workers)
     if options.resume:
         trainer.load_state(state, path)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,16 +38,24 @@ class TrainingError(ValueError):
 
 
 class Trainer:
-    """Model, optimiser, schedule and position of a run: `step` advances it, `state` continues it exactly on a CPU."""
+    """Model, optimiser, schedule and position of a run: `step` advances it, `state` continues it exactly on a CPU.
 
-    def __init__(self, config: Config, split: Split, device: torch.device, workers: int | None = None) -> None:
+    Args:
+        workers: see `detr.data.make_loader`.
+        fresh: False where `load_state` will follow: the backbone's pre-trained weights are not fetched.
+    """
+
+    def __init__(
+        self, config: Config, split: Split, device: torch.device, workers: int | None = None, fresh: bool = True
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.split, self.device = config, split, device
         # the recipe of one size keeps the resized images in memory
         resize = (config.image_size, config.max_size) if config.augment == "tiny" else None
         self.dataset = CocoDataset(split, training_transform(config), resize)
         self.workers = workers
-        self.model = build_model(config, len(split.class_names)).to(device)
+        pretrained = config.pretrained_backbone and fresh
+        self.model = build_model(replace(config, pretrained_backbone=pretrained), len(split.class_names)).to(device)
         self.criterion = Criterion(config, len(split.class_names))
         self.optimizer = torch.optim.AdamW(
             param_groups(self.model, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -77,26 +86,27 @@ class Trainer:
         """One optimiser step; the loss before it.
 
         Raises:
-            TrainingError: the loss is not finite; the model is left as it was.
+            TrainingError: the loss or its gradient is not finite; the model is left as it was.
         """
         images, mask, targets = batch
         outputs = self.model(images.to(self.device), mask.to(self.device))
         wanted = [{name: target[name].to(self.device) for name in ("labels", "boxes")} for target in targets]
         total, terms = self.criterion(outputs, wanted)
-        loss = total.item()
-        if not math.isfinite(loss):
-            ids = [target["image_id"] for target in targets]
-            raise TrainingError(f"step {self.steps_done + 1}: the loss is {loss}, on the images {ids}")
         self.optimizer.zero_grad()
         total.backward()
-        limit = self.config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+        terms = {"loss": total.detach(), "grad_norm": norm, **terms}
+        # one transfer from the device for all numbers
+        values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                ids = [target["image_id"] for target in targets]
+                raise TrainingError(f"step {self.steps_done + 1}: {name} is {values[name]}, on the images {ids}")
         self.optimizer.step()
         self.scheduler.step()
         self.steps_done += 1
-        self.sums.update({"count": 1, "loss": loss, "grad_norm": norm.item()})
-        self.sums.update({name: term.item() for name, term in terms.items()})
-        return loss
+        self.sums.update(values | {"count": 1})
+        return values["loss"]
 
     def pop_averages(self) -> dict[str, float]:
         """Mean losses and gradient norm of the steps since the last call."""
@@ -160,8 +170,10 @@ def lr_factor(step: int, total_steps: int, config: Config) -> float:
 
 
 def train(trainer: Trainer, val: DataLoader, out: Path, data: dict[str, Any]) -> dict[str, Any] | None:
-    """Run `trainer` to its end and fill the run directory `out` (design.md, the detector's contract).
+    """Run `trainer` to its end and fill the run directory `out`.
 
+    It then holds config.json (everything that the run was made from), metrics.jsonl, TensorBoard events, checkpoint.pt
+    (the last state, to resume), best.pt (the weights with the best AP), eval.json, curves.png and predictions.png.
     The first Ctrl-C or SIGTERM ends the run after the current step with a checkpoint; a second one ends it at once.
 
     Args:

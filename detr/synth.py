@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw
 
 from detr.progress import progress
 
-CLASSES = ("disc", "square", "triangle", "star", "cross")
+CLASSES = ("disc", "square", "triangle", "star")
 SMALLEST, LARGEST = 10 / 128, 60 / 128  # longest side of an object's box, as a fraction of the image's side
-MAX_OBJECTS = 6
-MIN_VISIBLE = 0.4  # objects that later ones cover more than this leaves are not annotated
-MIN_CONTRAST = 40  # distance of an object's colour from the mean colour of the background, of 255 * sqrt(3)
+MAX_OBJECTS = 5
+MIN_VISIBLE = 0.5  # objects that later ones cover more than this leaves are not annotated
+MIN_CONTRAST = 60  # distance of an object's colour from the mean colour of the background, of 255 * sqrt(3)
 _FINE = 4  # shapes are drawn at this multiple of the image's size: soft edges, boxes exact to a quarter of a pixel
 _TRIES = 50
 
@@ -85,19 +85,13 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[li
 
 def _shape(rng: np.random.Generator, name: str) -> np.ndarray:
     """Corners [n, 2] of a randomly turned and stretched shape around the origin."""
-    if name == "cross":
-        arm = rng.uniform(0.25, 0.45)
-        quarter = np.array([(1, -arm), (1, arm), (arm, arm)])
-        turn = np.array([(0, 1), (-1, 0)])
-        corners = np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
-    else:
-        count = {"disc": 48, "square": 4, "triangle": 3, "star": 10}[name]
-        angle = np.arange(count) * 2 * np.pi / count
-        radius = np.where(np.arange(count) % 2, rng.uniform(0.4, 0.55), 1) if name == "star" else np.ones(count)
-        corners = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    count = {"disc": 48, "square": 4, "triangle": 3, "star": 10}[name]
+    angle = np.arange(count) * 2 * np.pi / count
+    radius = np.where(np.arange(count) % 2, rng.uniform(0.4, 0.5), 1) if name == "star" else np.ones(count)
+    corners = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     turn = rng.uniform(0, 2 * np.pi)
     rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
-    return corners @ rotation * (1, rng.uniform(0.7, 1))
+    return corners @ rotation * (1, rng.uniform(0.8, 1))
 
 
 def _place(rng: np.random.Generator, corners: np.ndarray, size: int) -> np.ndarray:
@@ -120,8 +114,9 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     angle, waves = rng.uniform(0, np.pi), rng.uniform(2, 20)
     stripes = np.sin(2 * np.pi * waves * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 2 * np.pi))
     mix = 1 / (1 + np.exp(-2 * cloud - rng.uniform(0, 1) * stripes))[..., None]
-    dark, light = rng.uniform(30, 225, (2, 3))
-    return dark * mix + light * (1 - mix) + rng.normal(0, rng.uniform(2, 12), (size, size, 3))
+    first = rng.uniform(40, 215, 3)
+    second = first + rng.uniform(-70, 70, 3)
+    return first * mix + second * (1 - mix) + rng.normal(0, rng.uniform(2, 12), (size, size, 3))
 
 
 def _fill(rng: np.random.Generator, size: int, background: np.ndarray) -> np.ndarray:

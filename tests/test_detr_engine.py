@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(splits):
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     targets[1]["boxes"] = targets[1]["boxes"] * float("nan")
     ids = [target["image_id"] for target in targets]
-    with pytest.raises(TrainingError, match=rf"step 1: the loss is nan, on the images \[{ids[0]}, {ids[1]}\]"):
+    with pytest.raises(TrainingError, match=rf"step 1: loss is nan, on the images \[{ids[0]}, {ids[1]}\]"):
         trainer.step((images, mask, targets))
     torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
 
