@@ -36,19 +36,19 @@ def _store_row(ptr, x, mask_q, LANES: tl.constexpr):
 @triton.jit
 def _backward_pixel(
     value_ptrs, grad_ptrs, weight, grad_out, inside, scale, d, mask_d, d_add, mask_add, mask_q,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPREAD: tl.constexpr, ADD_SPREAD: tl.constexpr,
+    D: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr, ADD_VEC: tl.constexpr, ADD_CHUNKS: tl.constexpr,
     NEEDS_VALUE: tl.constexpr, NEEDS_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """<grad_out, value> of one pixel per row [BLOCK_Q]; adds weight * grad_out to the pixel's gradient."""
     dot = tl.zeros_like(weight)
     if NEEDS_SAMPLE:
-        v = load_pixel(value_ptrs, as_column(inside, d) & mask_d, grad_out.dtype, D, BLOCK_D, SPREAD)
+        v = load_pixel(value_ptrs, as_column(inside, d) & mask_d, grad_out.dtype, D, PACK, CHUNKS)
         dot = tl.sum(grad_out * v, 1)
     if NEEDS_VALUE:
         grad = weight[:, None] * grad_out
         if scale is not None:
             grad = tl.floor(grad * scale + 0.5).to(tl.int64)
-        add_pixel(grad_ptrs, grad, as_column(inside & mask_q, d_add) & mask_add, D, BLOCK_D, ADD_SPREAD)
+        add_pixel(grad_ptrs, grad, as_column(inside & mask_q, d_add) & mask_add, D, ADD_VEC, ADD_CHUNKS)
     return dot
 
 
@@ -59,8 +59,9 @@ def _msda_bwd_kernel(
     grad_out_ptr, grad_value_ptr, scale_ptr, grad_loc_ptr, grad_attn_ptr, grad_ref_ptr,
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, SPREAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
@@ -69,8 +70,11 @@ def _msda_bwd_kernel(
     """
     NEEDS_VALUE: tl.constexpr = grad_value_ptr is not None
     NEEDS_SAMPLE: tl.constexpr = grad_loc_ptr is not None or grad_attn_ptr is not None
-    ADD_SPREAD: tl.constexpr = "plain" if scale_ptr is not None else SPREAD
-    LANES: tl.constexpr = max(BLOCK_D // 8, 1)
+    CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
+    # integers are added one by one
+    ADD_VEC: tl.constexpr = 0 if scale_ptr is not None else VEC
+    ADD_CHUNKS: tl.constexpr = 1 if scale_ptr is not None else CHUNKS
+    LANES: tl.constexpr = max(BLOCK_D // (max(VEC, 1) * CHUNKS), 1)
     # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
     BLOCK_Q: tl.constexpr = min(max(TILE // BLOCK_D, 1), 128)
     q0 = tl.program_id(0) * BLOCK_Q
@@ -86,8 +90,8 @@ def _msda_bwd_kernel(
     attn_ptr += attn_offset
     if grad_loc_ptr is not None:
         grad_loc_ptr += loc_offset
-    d, mask_d = load_offsets(D, BLOCK_D, SPREAD)
-    d_add, mask_add = add_offsets(D, BLOCK_D, ADD_SPREAD)
+    d, mask_d = load_offsets(D, BLOCK_D, PACK, CHUNKS)
+    d_add, mask_add = add_offsets(D, BLOCK_D, ADD_VEC, ADD_CHUNKS)
     value_ptr += b * stride_vb + m * stride_vm
     scale = None
     if NEEDS_VALUE:
@@ -101,9 +105,9 @@ def _msda_bwd_kernel(
         ref_ptr += (row0 + row) * (REF_L * REF_DIM)
     if mask_ptr is not None:
         mask_ptr += b * S
-    d_out = tl.arange(0, BLOCK_D)[None, :]
+    d_out, mask_out = load_offsets(D, BLOCK_D, 1, CHUNKS)
     grad_out_ptr += (row0 * M + m) * D + (row * (M * D))[:, None] + d_out
-    grad_out = widen(tl.load(grad_out_ptr, mask=mask_q[:, None] & (d_out < D), other=0.0), ACC)
+    grad_out = load_pixel(grad_out_ptr, mask_q[:, None] & mask_out, ACC, D, 1, CHUNKS)
 
     cols = tl.arange(0, BLOCK_K)[None, :]
     grad_weights = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
@@ -147,19 +151,19 @@ def _msda_bwd_kernel(
             grad_bottom = grad_top + grad_below
             g00 = _backward_pixel(
                 top, grad_top, w0 - w01, grad_out, in00, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, BLOCK_D, SPREAD, ADD_SPREAD, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             g01 = _backward_pixel(
                 top + STRIDE_VS, grad_top + M * D, w01, grad_out, in01, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, BLOCK_D, SPREAD, ADD_SPREAD, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             g10 = _backward_pixel(
                 bottom, grad_bottom, w1 - w11, grad_out, in10, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, BLOCK_D, SPREAD, ADD_SPREAD, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             g11 = _backward_pixel(
                 bottom + STRIDE_VS, grad_bottom + M * D, w11, grad_out, in11, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, BLOCK_D, SPREAD, ADD_SPREAD, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             if NEEDS_SAMPLE:
                 g_top = g00 + fx * (g01 - g00)

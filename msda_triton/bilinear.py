@@ -1,12 +1,9 @@
 """What the forward and backward kernels share: level geometry, sample geometry, and how a row of channels is spread.
 
-A [BLOCK_Q, BLOCK_D] tile holds one row of channels per query. SPREAD says how a row lies over the lanes of a warp, so
-that loads and reds are 16 bytes wide, four lanes share the address arithmetic of a row of 32 channels, and no tile
-travels through shared memory between a load and a red:
-    "words"   bfloat16, read as two channels a 32-bit word; 8 neighbouring channels a lane
-    "eights"  float16; 8 neighbouring channels a lane
-    "halves"  float32; 4 channels of each half of the row a lane
-    "plain"   anything else
+A [BLOCK_Q, BLOCK_D] tile holds one row of channels per query. A row is cut into CHUNKS equal pieces, and every lane has
+VEC neighbouring channels, 16 bytes of value, of each: loads and reds are vectors, the few lanes of a row share its
+address arithmetic, and no tile travels through shared memory between a load and a red. VEC is 0 where 16 bytes do not
+fit; PACK is 2 where value is bfloat16 and read as two channels a 32-bit word.
 """
 
 import triton
@@ -132,27 +129,20 @@ def unmasked(inside, mask_ptr, token):
 
 
 @triton.jit
-def load_offsets(D: tl.constexpr, BLOCK_D: tl.constexpr, SPREAD: tl.constexpr):
-    """Offsets that one value load touches in every row, and which of them exist."""
-    if SPREAD == "words":
-        d = tl.arange(0, BLOCK_D // 2)[None, :]
-        return d, d < D // 2
-    elif SPREAD == "halves":
-        d = (tl.arange(0, BLOCK_D // 8) * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
-        return d, d < D // 2
-    else:
-        d = tl.arange(0, BLOCK_D)[None, :]
-        return d, d < D
+def load_offsets(D: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Offsets that the load of a row's first chunk touches, and which of them exist."""
+    d = tl.arange(0, BLOCK_D // (PACK * CHUNKS))[None, :]
+    return d, d < D // PACK
 
 
 @triton.jit
-def add_offsets(D: tl.constexpr, BLOCK_D: tl.constexpr, SPREAD: tl.constexpr):
-    """Offsets that one red touches in every row, and which of them exist."""
-    if SPREAD == "words" or SPREAD == "eights":
-        d = (tl.arange(0, BLOCK_D // 8) * 8)[None, :, None] + tl.arange(0, 4)[None, None, :]
-        return d, d < D
+def add_offsets(D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr):
+    """Offsets that the first red of a row's first chunk touches, and which of them exist."""
+    if VEC == 8:
+        d = (tl.arange(0, BLOCK_D // (8 * CHUNKS)) * 8)[None, :, None] + tl.arange(0, 4)[None, None, :]
     else:
-        return load_offsets(D, BLOCK_D, SPREAD)
+        d = tl.arange(0, BLOCK_D // CHUNKS)[None, :]
+    return d, d < D
 
 
 @triton.jit
@@ -165,31 +155,90 @@ def as_column(x, offsets):
 
 
 @triton.jit
-def load_pixel(ptrs, mask, ACC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPREAD: tl.constexpr):
-    """Channels of one pixel per row in the accumulator's dtype, zero where masked: [BLOCK_Q, BLOCK_D]."""
-    if SPREAD == "words":
+def join_halves(a, b):
+    """[BLOCK_Q, 2 N] of two [BLOCK_Q, N]; a renaming of registers."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
+def split_halves(x):
+    """The inverse of join_halves."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def load_chunk(ptrs, mask, ACC: tl.constexpr, PACK: tl.constexpr):
+    """One chunk of channels per row in the accumulator's dtype, zero where masked."""
+    if PACK == 2:
         # a bfloat16 is the upper half of a float32: one instruction a channel
         words = tl.load(ptrs, mask=mask, other=0)
         pair = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(pair, [pair.shape[0], BLOCK_D]).to(ACC)
-    elif SPREAD == "halves":
-        low = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
-        high = tl.load(ptrs + D // 2, mask=mask, other=0.0).to(ACC)
-        return tl.reshape(tl.permute(tl.join(low, high), (0, 3, 1, 2)), [low.shape[0], BLOCK_D])
+        return tl.reshape(pair, [words.shape[0], 2 * words.shape[1]]).to(ACC)
     else:
         return widen(tl.load(ptrs, mask=mask, other=0.0), ACC)
 
 
 @triton.jit
-def add_pixel(ptrs, grad, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, SPREAD: tl.constexpr):
-    """Add a row of grad [BLOCK_Q, BLOCK_D] to every pixel at ptrs that is not masked."""
-    if SPREAD == "words" or SPREAD == "eights":
-        low, high = tl.split(tl.permute(tl.reshape(grad, [grad.shape[0], BLOCK_D // 8, 2, 4]), (0, 1, 3, 2)))
-        tl.atomic_add(ptrs, low, mask=mask, sem="relaxed")
-        tl.atomic_add(ptrs + 4, high, mask=mask, sem="relaxed")
-    elif SPREAD == "halves":
-        low, high = tl.split(tl.permute(tl.reshape(grad, [grad.shape[0], 2, BLOCK_D // 8, 4]), (0, 2, 3, 1)))
-        tl.atomic_add(ptrs, low, mask=mask, sem="relaxed")
-        tl.atomic_add(ptrs + D // 2, high, mask=mask, sem="relaxed")
+def load_pixel(ptrs, mask, ACC: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Channels of one pixel per row: [BLOCK_Q, BLOCK_D]."""
+    STEP: tl.constexpr = D // (PACK * CHUNKS)
+    if CHUNKS == 1:
+        return load_chunk(ptrs, mask, ACC, PACK)
+    elif CHUNKS == 2:
+        return join_halves(load_chunk(ptrs, mask, ACC, PACK), load_chunk(ptrs + STEP, mask, ACC, PACK))
+    else:
+        ab = join_halves(load_chunk(ptrs, mask, ACC, PACK), load_chunk(ptrs + STEP, mask, ACC, PACK))
+        ptrs += 2 * STEP
+        cd = join_halves(load_chunk(ptrs, mask, ACC, PACK), load_chunk(ptrs + STEP, mask, ACC, PACK))
+        return join_halves(ab, cd)
+
+
+@triton.jit
+def store_row(ptrs, row, mask, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """Store a row [BLOCK_Q, BLOCK_D] per query; ptrs and mask are of its first chunk."""
+    STEP: tl.constexpr = D // CHUNKS
+    if CHUNKS == 1:
+        tl.store(ptrs, narrow(row, ptrs), mask=mask)
+    else:
+        a, b = split_halves(row)
+        if CHUNKS == 2:
+            tl.store(ptrs, narrow(a, ptrs), mask=mask)
+            tl.store(ptrs + STEP, narrow(b, ptrs), mask=mask)
+        else:
+            a0, a1 = split_halves(a)
+            b0, b1 = split_halves(b)
+            tl.store(ptrs, narrow(a0, ptrs), mask=mask)
+            tl.store(ptrs + STEP, narrow(a1, ptrs), mask=mask)
+            tl.store(ptrs + 2 * STEP, narrow(b0, ptrs), mask=mask)
+            tl.store(ptrs + 3 * STEP, narrow(b1, ptrs), mask=mask)
+
+
+@triton.jit
+def add_chunk(ptrs, grad, mask, VEC: tl.constexpr):
+    """Add one chunk of channels per row."""
+    if VEC == 8:
+        a, b = tl.split(tl.permute(tl.reshape(grad, [grad.shape[0], grad.shape[1] // 8, 2, 4]), (0, 1, 3, 2)))
+        tl.atomic_add(ptrs, a, mask=mask, sem="relaxed")
+        tl.atomic_add(ptrs + 4, b, mask=mask, sem="relaxed")
     else:
         tl.atomic_add(ptrs, grad, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def add_pixel(ptrs, grad, mask, D: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr):
+    """Add a row of grad [BLOCK_Q, BLOCK_D] to every pixel at ptrs that is not masked."""
+    STEP: tl.constexpr = D // CHUNKS
+    if CHUNKS == 1:
+        add_chunk(ptrs, grad, mask, VEC)
+    elif CHUNKS == 2:
+        a, b = split_halves(grad)
+        add_chunk(ptrs, a, mask, VEC)
+        add_chunk(ptrs + STEP, b, mask, VEC)
+    else:
+        ab, cd = split_halves(grad)
+        a, b = split_halves(ab)
+        c, d = split_halves(cd)
+        add_chunk(ptrs, a, mask, VEC)
+        add_chunk(ptrs + STEP, b, mask, VEC)
+        add_chunk(ptrs + 2 * STEP, c, mask, VEC)
+        add_chunk(ptrs + 3 * STEP, d, mask, VEC)

@@ -13,8 +13,8 @@ from msda_triton.bilinear import (
     load_pixel,
     load_reference,
     load_weight,
-    narrow,
     softmax_rows,
+    store_row,
     to_pixel,
     unmasked,
     widen,
@@ -29,14 +29,16 @@ def _msda_fwd_kernel(
     value_ptr, shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr, out_ptr,
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, SPREAD: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, UNROLL: tl.constexpr,
+    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
     With REF_DIM 2 or 4, loc holds offsets from a reference point or box, and attn logits of a softmax over l and p.
     """
     # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
+    CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
     BLOCK_Q: tl.constexpr = min(max(TILE // BLOCK_D, 1), 128)
     q0 = tl.program_id(0) * BLOCK_Q
     m = tl.program_id(1)
@@ -46,7 +48,7 @@ def _msda_fwd_kernel(
     row = tl.minimum(q, Q - 1 - q0)
     loc_ptr += (row0 * M + m) * (2 * K) + row * (M * 2 * K)
     attn_ptr += (row0 * M + m) * K + row * (M * K)
-    d, mask_d = load_offsets(D, BLOCK_D, SPREAD)
+    d, mask_d = load_offsets(D, BLOCK_D, PACK, CHUNKS)
     value_ptr += b * stride_vb + m * stride_vm
     row_max = 0.0
     row_scale = 1.0
@@ -81,23 +83,23 @@ def _msda_fwd_kernel(
             w11 = w1 * fx
             top_ptr = level_ptr + as_column(token.to(tl.int64) * STRIDE_VS, d)
             bottom_ptr = top_ptr + below
-            v00 = load_pixel(top_ptr, as_column(in00, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
+            v00 = load_pixel(top_ptr, as_column(in00, d) & mask_d, ACC, D, PACK, CHUNKS)
             out += (w0 - w01)[:, None] * v00
             if METHOD == "default":
                 in01 = unmasked(in01, mask_level_ptr, token + 1)
                 in10 = unmasked(in10, mask_level_ptr, token + W.to(tl.int32))
                 in11 = unmasked(in11, mask_level_ptr, token + W.to(tl.int32) + 1)
-                v01 = load_pixel(top_ptr + STRIDE_VS, as_column(in01, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
-                v10 = load_pixel(bottom_ptr, as_column(in10, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
-                v11 = load_pixel(bottom_ptr + STRIDE_VS, as_column(in11, d) & mask_d, ACC, D, BLOCK_D, SPREAD)
+                v01 = load_pixel(top_ptr + STRIDE_VS, as_column(in01, d) & mask_d, ACC, D, PACK, CHUNKS)
+                v10 = load_pixel(bottom_ptr, as_column(in10, d) & mask_d, ACC, D, PACK, CHUNKS)
+                v11 = load_pixel(bottom_ptr + STRIDE_VS, as_column(in11, d) & mask_d, ACC, D, PACK, CHUNKS)
                 out += w01[:, None] * v01
                 out += (w1 - w11)[:, None] * v10
                 out += w11[:, None] * v11
         k += num_points
 
-    d_out = tl.arange(0, BLOCK_D)[None, :]
-    out_ptr += (row0 * M + m) * D + (q * (M * D))[:, None] + d_out
-    tl.store(out_ptr, narrow(out, out_ptr), mask=(q < Q - q0)[:, None] & (d_out < D))
+    d, mask_d = load_offsets(D, BLOCK_D, 1, CHUNKS)
+    out_ptr += (row0 * M + m) * D + (q * (M * D))[:, None] + d
+    store_row(out_ptr, out, (q < Q - q0)[:, None] & mask_d, D, CHUNKS)
 
 
 def launch_forward(

@@ -8,17 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 
-def _spread(value: Tensor) -> str:
-    """How a row of channels lies over lanes, see bilinear.py; "plain" where 16-byte accesses do not fit."""
+def _vector(value: Tensor) -> tuple[int, int]:
+    """(VEC, PACK) of bilinear.py: channels in 16 bytes, or 0 where they do not fit, and channels a word."""
     D = value.shape[-1]
-    if D % 8 or D < 8:
-        return "plain"
-    if value.dtype == torch.bfloat16:
-        even = value.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in value.stride()[:-1])
-        return "words" if even else "eights"
-    if value.dtype == torch.float16:
-        return "eights"
-    return "halves" if value.dtype == torch.float32 and D & (D - 1) == 0 else "plain"
+    if value.dtype == torch.float32:
+        return (4, 1) if D >= 4 and D & (D - 1) == 0 else (0, 1)
+    if value.dtype == torch.float64 or D % 8:
+        return 0, 1
+    words = value.dtype == torch.bfloat16 and value.storage_offset() % 2 == 0
+    words = words and all(stride % 2 == 0 for stride in value.stride()[:-1])
+    return 8, 2 if words else 1
 
 
 def kernel_arguments(
@@ -37,10 +36,10 @@ def kernel_arguments(
     Q, K = weights.shape[1], weights.shape[3]
     L = len(num_points)
     uniform = len(set(num_points)) == 1
-    spread = _spread(value)
     if value.stride(-1) != 1:
         value = value.contiguous()
-    if spread == "words":
+    vec, pack = _vector(value)
+    if pack == 2:
         value = value.view(torch.int32)
     double = torch.float64 in (value.dtype, locations.dtype, weights.dtype)
     return {
@@ -67,7 +66,8 @@ def kernel_arguments(
         "REF_L": 1 if reference_points is None else reference_points.shape[2],
         "METHOD": method,
         "ACC": tl.float64 if double else tl.float32,
-        "SPREAD": spread,
+        "PACK": pack,
+        "VEC": vec,
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_K": triton.next_power_of_2(K),
     }

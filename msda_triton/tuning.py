@@ -5,20 +5,21 @@ import os
 import torch
 import triton
 
-# TILE: float32 elements of one program's [BLOCK_Q, BLOCK_D] tile; UNROLL: points of a level worked on at once.
+# TILE: float32 elements of one program's [BLOCK_Q, BLOCK_D] tile; LANE_D: channels of a row that one lane has;
+# UNROLL: points of a level worked on at once.
 # The first entry is the default: what runs in the interpreter, in deterministic mode and with tuning off.
 FORWARD_CONFIGS = [
-    triton.Config({"TILE": 1024, "UNROLL": 4}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 1024, "UNROLL": 1}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 512, "UNROLL": 4}, num_warps=2, num_stages=1),
-    triton.Config({"TILE": 256, "UNROLL": 4}, num_warps=1, num_stages=1),
-    triton.Config({"TILE": 2048, "UNROLL": 2}, num_warps=8, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 4}, num_warps=2, num_stages=1),
+    triton.Config({"TILE": 2048, "LANE_D": 16, "UNROLL": 4}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 4}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 1}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 4}, num_warps=1, num_stages=1),
 ]
 BACKWARD_CONFIGS = [
-    triton.Config({"TILE": 1024, "UNROLL": 1}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 1024, "UNROLL": 2}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 512, "UNROLL": 1}, num_warps=2, num_stages=1),
-    triton.Config({"TILE": 256, "UNROLL": 2}, num_warps=1, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 1}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 2}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 1}, num_warps=1, num_stages=1),
 ]
 
 enabled = True  # op.set_autotune

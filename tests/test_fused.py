@@ -72,11 +72,11 @@ def test_saves_nothing_of_the_size_of_float32_locations(device):
 
 
 def test_gradgradcheck(device):
-    shapes = [(2, 3)]
-    value = torch.randn(1, 6, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
-    points = torch.rand(1, 2, 1, 4, dtype=torch.float64, device=device, requires_grad=True)
-    offsets = torch.randn(1, 2, 1, 1, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
-    logits = torch.randn(1, 2, 1, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
+    shapes = [(2, 2)]
+    value = torch.randn(1, 4, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
+    points = torch.rand(1, 1, 1, 4, dtype=torch.float64, device=device, requires_grad=True)
+    offsets = torch.randn(1, 1, 1, 1, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    logits = torch.randn(1, 1, 1, 1, 2, dtype=torch.float64, device=device, requires_grad=True)
     function = lambda *x: ms_deform_attn_fused(x[0], shapes, *x[1:], backend="triton")  # noqa: E731
     assert torch.autograd.gradcheck(function, (value, points, offsets, logits))
     assert torch.autograd.gradgradcheck(function, (value, points, offsets, logits))
