@@ -1,0 +1,350 @@
+"""Compile every kernel for every target, without a GPU, and count what the compiler made of it.
+
+    python -m benchmarks.compile_table                           # the whole table, about 15 minutes on two cores
+    python -m benchmarks.compile_table --quick --target sm_90    # default configurations only
+
+One CSV row per kernel, variant, dtype, channels, configuration and target:
+    registers             per thread (on AMD: VGPRs)
+    stack_bytes           per thread, in local memory (on AMD: scratch)
+    spills                instructions that store to or load from the stack (on AMD: spilled registers)
+    shared_bytes          per program
+    instructions          SASS instructions of the kernel, without padding
+    instructions_per_row  issued by a warp per (query, head) row; predicated-off ones count, they take an issue slot
+    value_load_bits       per thread, of one load from `value`
+    red                   type of the reds that add to `grad_value`
+    barriers              in the code
+AMD rows have no instruction counts. Needs Triton; a process with TRITON_INTERPRET=1 cannot compile.
+"""
+
+import argparse
+import csv
+import inspect
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from benchmarks.workloads import WORKLOADS
+from msda_triton import backward, bilinear, forward
+from msda_triton.tuning import BACKWARD_CONFIGS, FORWARD_CONFIGS
+
+CSV = Path(__file__).parent / "results" / "compile_table.csv"
+CUDA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+BUDGET_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+OTHER_TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100"]
+CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
+# a load is one of `value` if its line is one of these, or was inlined at one (which Triton 3.6 does not tell)
+VALUE_LOADS = {
+    (Path(module.__file__).name, number)
+    for module in (bilinear, forward, backward)
+    for number, line in enumerate(inspect.getsource(module).splitlines(), 1)
+    if ("load_pixel(" in line or "tl.load(ptrs" in line) and "grad_out_ptr" not in line
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+# compiled for the other targets, and by --quick: (variant, dtype, channels per head)
+MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
+# "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
+VARIANTS = {
+    "forward": ["plain", "point", "box", "box_mask", "discrete", "list"],
+    "backward": ["plain", "point", "box", "box_mask", "frozen", "deterministic", "discrete", "list"],
+}
+# the deterministic backward never runs another configuration than the default; the rest is used by one family of models
+DEFAULT_ONLY = {"deterministic", "discrete", "list"}
+ENCODER = WORKLOADS["encoder"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile; the leading columns of a row."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    channels: int
+    config: str
+    warps: int
+    target: str
+
+
+def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Case]:
+    """What the table holds; `quick` leaves the default configurations of the most used kernels."""
+    for kernel, configs in CONFIGS.items():
+        for config in configs:
+            default = config is configs[0]
+            name = " ".join(f"{key}={number}" for key, number in config.kwargs.items())
+            for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
+                if target in BUDGET_TARGETS and not quick:
+                    kinds = _kinds(kernel, default)
+                else:
+                    kinds = MAIN if default else []
+                if targets is None or target in targets:
+                    for kind in kinds:
+                        yield Case(kernel, *kind, name, config.num_warps, target)
+
+
+def _kinds(kernel: str, default: bool) -> list[tuple[str, str, int]]:
+    """(variant, dtype, channels per head) of what a configuration is compiled for."""
+    dtypes = ("bf16", "fp16", "fp32")
+    variants = [variant for variant in VARIANTS[kernel] if default or variant not in DEFAULT_ONLY]
+    kinds = [(variant, dtype, 32) for variant in variants for dtype in dtypes]
+    if default:
+        kinds += [("plain", "fp64", 32)] + [("plain", dtype, D) for D in (1, 30, 64) for dtype in dtypes]
+    return kinds
+
+
+def launch_arguments(case: Case) -> dict:
+    """What the launcher hands to its kernel, by name, for tensors without storage."""
+    B, S, Q, M, P, L = ENCODER.B, ENCODER.S, ENCODER.Q, ENCODER.M, ENCODER.P, len(ENCODER.levels)
+    with torch.device("meta"):
+        dtype = DTYPES[case.dtype]
+        fused = case.variant in ("point", "box", "box_mask")
+        value = torch.empty(B, S, M, case.channels, dtype=dtype)
+        # locations are float32 unless value is float64; offsets come out of a projection in value's dtype
+        locations = torch.empty(B, Q, M, L * P, 2, dtype=dtype if fused else torch.promote_types(dtype, torch.float32))
+        weights = torch.empty(B, Q, M, L * P, dtype=dtype)
+        inputs = (
+            value,
+            torch.empty(L, 2, dtype=torch.int64),
+            None,
+            locations,
+            weights,
+            [P - 1, P, P, P + 1] if case.variant == "list" else [P] * L,
+            "discrete" if case.variant == "discrete" else "default",
+            torch.empty(B, Q, L, 2 if case.variant == "point" else 4) if fused else None,
+            torch.empty(B, S, dtype=torch.bool) if case.variant == "box_mask" else None,
+        )
+        grad_out = torch.empty(B, Q, M * case.channels, dtype=dtype)
+    kernel = mock.MagicMock()
+    if case.kernel == "forward":
+        with mock.patch.object(forward, "_msda_fwd_kernel", kernel):
+            forward.launch_forward(*inputs)
+    else:
+        needs = [case.variant != "frozen", True, True, fused]
+        torch.use_deterministic_algorithms(case.variant == "deterministic")
+        with mock.patch.object(backward, "_msda_bwd_kernel", kernel):
+            backward.launch_backward(grad_out, *inputs, needs)
+        torch.use_deterministic_algorithms(False)
+    return kernel[None].call_args.kwargs
+
+
+def compile_case(case: Case) -> CompiledKernel:
+    """Compile as a launch of `launch_arguments` would, see `triton.JITFunction.run`."""
+    kernel = (forward._msda_fwd_kernel if case.kernel == "forward" else backward._msda_bwd_kernel).fn
+    arguments = launch_arguments(case) | _numbers(case.config)
+    nvidia = case.target.startswith("sm_")
+    signature, constants, hints = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        x = arguments[param.name]
+        divisible = True
+        if isinstance(x, torch.Tensor):
+            signature[param.name] = "*" + triton.runtime.jit.type_canonicalisation_dict[str(x.dtype).split(".")[-1]]
+        elif param.is_constexpr or x is None or (x == 1 and not param.do_not_specialize):
+            signature[param.name] = "constexpr"
+            constants[param.name] = x
+            continue
+        else:
+            signature[param.name] = "i32" if x < 2**31 else "i64"
+            divisible = x % 16 == 0 and not param.do_not_specialize
+        if divisible:
+            hints[(i,)] = [["tt.divisibility", 16]]
+            # so does Triton for a tensor below 2 GiB on AMD
+            if isinstance(x, torch.Tensor) and not nvidia and x.untyped_storage().size() < 2**31:
+                hints[(i,)].append(["tt.pointer_range", 32])
+    if nvidia:
+        target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", case.target, 64 if case.target.startswith("gfx9") else 32)
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": 1})
+
+
+def _numbers(config: str) -> dict[str, int]:
+    return {key: int(number) for key, number in (pair.split("=") for pair in config.split())}
+
+
+def measure(case: Case) -> dict:
+    """Compile one case: its row of the table."""
+    compiled = compile_case(case)
+    count = nvidia_counts if case.target.startswith("sm_") else amd_counts
+    return asdict(case) | {"triton": triton.__version__} | count(case, compiled)
+
+
+def nvidia_counts(case: Case, compiled: CompiledKernel) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        resources = _run("cuobjdump", "--dump-resource-usage", cubin.name)
+        code = parse_sass(_run("nvdisasm", "--print-code", "--print-line-info-inline", cubin.name))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
+    opcodes = [op for op, _, _ in code]
+    loops = _loops(code) or {(0, len(code))}
+    loads = [
+        _load_bits(op) if op.startswith("LDG") and frames & VALUE_LOADS and any(a <= i < b for a, b in loops) else 0
+        for i, (op, frames, _) in enumerate(code)
+    ]
+    return {
+        "registers": int(registers),
+        "stack_bytes": int(stack),
+        "spills": sum(op.startswith(("STL", "LDL")) for op in opcodes),
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": len(code),
+        "instructions_per_row": _per_row(case, code, loads),
+        "value_load_bits": _join(bits for bits in loads if bits),
+        "red": _join(_sass_red(op) for op in opcodes if op.startswith(("RED", "ATOM"))),
+        "barriers": sum(op.startswith("BAR") for op in opcodes),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([CUDA_TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def parse_sass(listing: str) -> list[tuple[str, set[tuple[str, int]], int | None]]:
+    """Opcode, source lines (file, line) with those it was inlined at, and index branched to, of every instruction."""
+    code, labels, frames, after_code = [], {}, set(), False
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif "//## File" in line:
+            found = {(Path(file).name, int(number)) for file, number in re.findall(r'"([^"]+)", line (\d+)', line)}
+            frames = found if after_code else frames | found
+            after_code = False
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;", line):
+            after_code = True
+            opcode, operands = instruction.groups()
+            branch = re.search(r"`\((\.L_\w+)\)", operands) if opcode.startswith("BRA") else None
+            if opcode == "NOP" or (branch and labels.get(branch[1]) == len(code)):
+                continue  # the code ends with a branch to itself and padding
+            code.append((opcode, frames, branch and branch[1]))
+    return [(opcode, frames, labels[label] if label else None) for opcode, frames, label in code]
+
+
+def _load_bits(opcode: str) -> int:
+    bits = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
+    return int(bits[1]) if bits else 32
+
+
+def _sass_red(opcode: str) -> str:
+    kind = re.match(r"REDG?\.E\.ADD\.(F?)(\d+)(?:x(\d))?", opcode)
+    if kind is None:
+        return opcode  # an atomic that returns, or a loop around one: worth seeing in full
+    return (f"v{kind[3]}." if kind[3] else "") + (f"f{kind[2]}" if kind[1] else f"u{kind[2]}")
+
+
+def _loops(code: list) -> set[tuple[int, int]]:
+    """First instruction, and the one after the last, of every loop; where threads wait for each other is none."""
+    loops = {(to, i + 1) for i, (_, _, to) in enumerate(code) if to is not None and to <= i}
+    return {(a, b) for a, b in loops if b - a > 8 or not any(op.startswith("VOTE") for op, _, _ in code[a:b])}
+
+
+def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
+    block_d = triton.next_power_of_2(case.channels)
+    block_q = min(max(_numbers(case.config)["TILE"] // block_d, 1), 128)
+    threads = 32 * case.warps
+    levels = len(ENCODER.levels)
+    corners = 1 if case.kernel == "forward" and case.variant == "discrete" else 4
+    # what one thread loads of one corner of one sample in all its rows
+    bits = max(block_q * block_d * DTYPES[case.dtype].itemsize * 8 // threads, max(loads))
+    issued = issued_instructions(code, loads, bits * corners * levels * ENCODER.P, levels)
+    return None if issued is None else round(issued * case.warps / block_q, 1)
+
+
+def issued_instructions(code: list, loads: list[int], load_bits: int, levels: int) -> float | None:
+    """Instructions that one warp issues, with all branches but those of loops falling through.
+
+    The loop over points is the innermost one, and takes as many rounds as it needs for `load_bits` bits per thread;
+    what surrounds it is the loop over `levels`. None if points are spread over several loops (a remainder after
+    unrolling, whose rounds are known at run time only).
+    """
+    loops = _loops(code)
+    inner = {(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)}
+    if len(inner) > 1 and all(any(loads[a:b]) for a, b in inner):
+        return None
+    rounds = [1.0] * len(code)
+    for a, b in sorted(loops, key=lambda loop: loop[0] - loop[1]):
+        rounds[a:b] = [load_bits / max(sum(loads[a:b]), 1) if (a, b) in inner else levels] * (b - a)
+    loaded = sum(bits * trips for bits, trips in zip(loads, rounds, strict=True))
+    if loaded != load_bits or any(trips != 1 and trips % levels for trips in rounds):
+        raise ValueError(f"expected {load_bits} bits loaded from value, in whole rounds of loops {loops}, got {loaded}")
+    return sum(rounds)
+
+
+def amd_counts(case: Case, compiled: CompiledKernel) -> dict:
+    code = compiled.asm["amdgcn"]
+    loads, of_value = [], False
+    for line in code.splitlines():
+        if re.match(r"\s*\.loc\s", line):
+            frames = {(file, int(number)) for file, number in re.findall(r"([\w.]+):(\d+):\d+", line)}
+            of_value = bool(frames & VALUE_LOADS)
+        elif of_value and (load := re.match(r"\s*(?:global|buffer|flat)_load_(\w+)", line)):
+            loads.append(_amd_bits(load[1]))
+    # one value per kernel in its metadata, and no function but the kernel
+    number = {key: int(value) for key, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
+    reds = re.findall(r"^\s*(?:global|buffer|flat)_atomic_(\w+)", code, re.MULTILINE)
+    return {
+        "registers": number["vgpr_count"],
+        "stack_bytes": number["private_segment_fixed_size"],
+        "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": None,
+        "instructions_per_row": None,
+        "value_load_bits": _join(loads),
+        "red": _join(_amd_red(red) for red in reds),
+        "barriers": len(re.findall(r"^\s*s_barrier", code, re.MULTILINE)),
+    }
+
+
+def _amd_bits(load: str) -> int:
+    if words := re.match(r"dword(?:x(\d))?", load):
+        return 32 * int(words[1] or 1)
+    if bits := re.search(r"[bui](8|16|32|64|96|128)$", load):
+        return int(bits[1])
+    return 8 if "byte" in load else 16
+
+
+def _amd_red(red: str) -> str:
+    names = {"add_f32": "f32", "add_f64": "f64", "add_x2": "u64", "add_u64": "u64"}
+    return names.get(red, red)
+
+
+def _join(kinds) -> str:
+    return " ".join(str(kind) for kind in sorted(set(kinds)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=CSV, help="where to write the table (default: %(default)s)")
+    parser.add_argument("--target", nargs="+", choices=BUDGET_TARGETS + OTHER_TARGETS, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="default configurations of the most used kernels only")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("interpreted kernels cannot be compiled: expected TRITON_INTERPRET=0 or unset, got 1")
+
+    todo = list(cases(args.quick, args.target))
+    rows = []
+    # Triton's cache returns kernels with outdated line numbers when only a helper's place in its file has changed
+    with tempfile.TemporaryDirectory() as os.environ["TRITON_CACHE_DIR"], multiprocessing.Pool(args.jobs) as pool:
+        for row in pool.imap(measure, todo):
+            rows.append(row)
+            print(f"[{len(rows)}/{len(todo)}]", *row.values(), flush=True)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
