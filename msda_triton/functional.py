@@ -12,6 +12,7 @@ from torch import Tensor
 from msda_triton.op import Attention, locations_and_weights, reference_attention
 
 BACKENDS = ("auto", "triton", "torch", "inductor")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 METHODS = ("default", "discrete", "discrete_h")
 
@@ -251,23 +252,17 @@ def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tup
             raise ValueError(f"{name}: expected {' x '.join(map(str, shape))} integers, got {x!r}")
     values = tuple(tuple(row) for row in values) if len(shape) == 2 else tuple(values)
     if not isinstance(x, Tensor) or x.device != device:
-        x = _constant(values, device)
+        make = _new_constant if torch.compiler.is_compiling() else _constant
+        x = make(values, device)
     return x, values
 
 
-@functools.lru_cache(maxsize=1024)
-def _constant(values: tuple, device: torch.device) -> Tensor:
-    """A small integer tensor on the device; copied there once, so that later calls neither copy nor wait."""
+def _new_constant(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+# copied to the device once, so that later calls neither copy nor wait; a graph keeps its constants by itself
+_constant = functools.lru_cache(maxsize=1024)(_new_constant)
 
 
 @functools.cache
@@ -285,7 +280,7 @@ def _backend(value: Tensor, backend: str) -> str:
     if backend == "auto":
         if device not in TRITON_DEVICES:
             return "torch"
-        if not _triton_installed():
+        if not TRITON_INSTALLED:
             _warn_no_triton(device)
             return "torch"
         return "triton"
@@ -294,9 +289,9 @@ def _backend(value: Tensor, backend: str) -> str:
     if backend == "inductor" and device != "cpu":
         raise ValueError(f"backend: 'inductor' needs tensors on the CPU, got {device}")
     if backend == "triton":
-        if not _triton_installed():
+        if not TRITON_INSTALLED:
             raise ValueError("backend: 'triton' needs the package triton, which is not installed")
-        if device not in TRITON_DEVICES and not (device == "cpu" and _interpreting()):
+        if device not in TRITON_DEVICES and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             raise ValueError(
                 f"backend: 'triton' needs tensors on {' or '.join(TRITON_DEVICES)}, got {device} "
                 "(TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"

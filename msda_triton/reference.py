@@ -15,7 +15,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def level_of_point(spatial_shapes: Tensor, num_points: list[int]) -> Tensor:
     """The level that each of the K flat points samples, [K] int64."""
-    return torch.tensor([l for l, n in enumerate(num_points) for _ in range(n)], device=spatial_shapes.device)
+    levels = [l for l, n in enumerate(num_points) for _ in range(n)]
+    return torch.tensor(levels, dtype=torch.int64, device=spatial_shapes.device)
 
 
 def ms_deform_attn_reference(

@@ -121,7 +121,7 @@ def test_triton_without_a_device(monkeypatch):
 
 
 def test_triton_not_installed(monkeypatch):
-    monkeypatch.setattr("msda_triton.functional._triton_installed", lambda: False)
+    monkeypatch.setattr("msda_triton.functional.TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
         call(backend="triton")
 
