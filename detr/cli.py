@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         "synth", _synth, "Write a synthetic dataset: coloured shapes on textured backgrounds, JPEG and COCO json."
     )
     synth.add_argument("out", type=Path, help="folder to write to")
-    synth.add_argument("--train", type=int, default=2000, help="training images")
-    synth.add_argument("--val", type=int, default=200, help="validation images")
-    synth.add_argument("--size", type=int, default=128, help="width and height of the images, pixels")
-    synth.add_argument("--seed", type=int, default=0, help="the same seed draws the same images")
+    synth.add_argument("--train", type=_at_least(1), default=2000, help="training images")
+    synth.add_argument("--val", type=_at_least(1), default=200, help="validation images")
+    synth.add_argument("--size", type=_at_least(32), default=128, help="width and height of the images, pixels")
+    synth.add_argument("--seed", type=_at_least(0), default=0, help="the same seed draws the same images")
 
     check = add(
         "check-data", _check_data, "Look for every fault of a dataset that would spoil a training; exit code 1 if any."
@@ -112,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"expected at least {smallest}, got {value}")
+        return value
+
+    return integer
+
+
 def _add_split_names(parser: argparse.ArgumentParser, split: str) -> None:
     for what, kind in (("json", "json"), ("images", "image folder")):
         text = f"{kind} of the split {split}, relative to --data, if its name is not one of COCO's"
@@ -120,7 +131,9 @@ def _add_split_names(parser: argparse.ArgumentParser, split: str) -> None:
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--workers", type=int, help="processes that load images (default: 0 if all fit in memory)")
+    parser.add_argument(
+        "--workers", type=_at_least(0), help="processes that load images (default: 0 if all fit in memory)"
+    )
 
 
 def _default_device() -> str:

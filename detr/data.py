@@ -1,6 +1,7 @@
 """COCO-format datasets: finding the files, the validated split, the torch datasets and the collate function."""
 
 import os
+import signal
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -215,20 +217,17 @@ class TrainingStream(Dataset):
     def __getitem__(self, n: int) -> tuple[Tensor, dict[str, Any]]:
         epoch, position = divmod(n, len(self.dataset))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            generator = torch.Generator().manual_seed(_seed(self.seed, 0, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
         # torchvision's transforms draw from the global CPU generator; torch.manual_seed would reset the GPU's too
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_mix(self.seed, n) ^ 1)
+            torch.default_generator.manual_seed(_seed(self.seed, 1, n))
             return self.dataset[int(self._order[position])]
 
 
-def _mix(seed: int, n: int) -> int:
-    """A 64-bit hash of two integers: neighbouring n must not give neighbouring states of the generator."""
-    x = (seed * 0x9E3779B97F4A7C15 + n) % 2**64
-    for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-        x = (x ^ (x >> 31)) * multiplier % 2**64
-    return x ^ (x >> 31)
+def _seed(*numbers: int) -> int:
+    """64 random bits from integers: neighbouring samples must not start from neighbouring states of a generator."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
@@ -266,10 +265,16 @@ def make_loader(
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
         pin_memory=device.type == "cuda",
         # the loader would draw a seed from the global generator, which a resumed run has to find unchanged
         generator=torch.Generator(),
     )
+
+
+def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
+    # a terminal sends it to all processes; the parent still needs batches to end its step
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def validation_loader(split: Split, config: Config, device: torch.device, workers: int | None = None) -> DataLoader:

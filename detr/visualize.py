@@ -27,9 +27,8 @@ def plot_curves(metrics_path: Path, path: Path) -> None:
     for axes, (title, (names, unit)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(
-                *zip(*points, strict=True), marker="." if len(points) < 30 else None, label=name
-            ) if points else None
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            axes.plot(steps, values, marker="." if len(points) < 30 else None, label=name)
         axes.set(title=title, xlabel="optimiser step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()

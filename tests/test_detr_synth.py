@@ -51,7 +51,7 @@ def test_objects_are_as_described():
     counts = np.bincount(labels, minlength=len(CLASSES))
     assert counts.min() > 0.7 * counts.mean()
     per_image = np.bincount([len(found) for _, found, _, _ in images])
-    assert per_image[0] == 0 and len(per_image) == 7 and per_image[1:].min() > 5
+    assert per_image[0] == 0 and len(per_image) == 6 and per_image[1:].min() > 5
     overlapping = 0
     for _, found, _, _ in images:
         for i, a in enumerate(found):
