@@ -1,6 +1,6 @@
 """Compile every kernel for every target, without a GPU, and count what the compiler made of it.
 
-    python -m benchmarks.compile_table                           # the whole table, about 15 minutes on two cores
+    python -m benchmarks.compile_table                           # the whole table, minutes on two cores
     python -m benchmarks.compile_table --quick --target sm_90    # default configurations only
 
 One CSV row per kernel, variant, dtype, channels, configuration and target:
@@ -52,15 +52,13 @@ VALUE_LOADS = {
     if ("load_pixel(" in line or "tl.load(ptrs" in line) and "grad_out_ptr" not in line
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# compiled for the other targets, and by --quick: (variant, dtype, channels per head)
+# compiled for the other targets, the other configurations, and by --quick: (variant, dtype, channels per head)
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
 # "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
 VARIANTS = {
     "forward": ["plain", "point", "box", "box_mask", "discrete", "list"],
     "backward": ["plain", "point", "box", "box_mask", "frozen", "deterministic", "discrete", "list"],
 }
-# the deterministic backward never runs another configuration than the default; the rest is used by one family of models
-DEFAULT_ONLY = {"deterministic", "discrete", "list"}
 ENCODER = WORKLOADS["encoder"]
 
 
@@ -84,23 +82,20 @@ def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Cas
             default = config is configs[0]
             name = " ".join(f"{key}={number}" for key, number in config.kwargs.items())
             for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
-                if target in BUDGET_TARGETS and not quick:
-                    kinds = _kinds(kernel, default)
+                if default and target in BUDGET_TARGETS and not quick:
+                    kinds = _kinds(kernel)
                 else:
-                    kinds = MAIN if default else []
+                    kinds = MAIN if default or (target in BUDGET_TARGETS and not quick) else []
                 if targets is None or target in targets:
                     for kind in kinds:
                         yield Case(kernel, *kind, name, config.num_warps, target)
 
 
-def _kinds(kernel: str, default: bool) -> list[tuple[str, str, int]]:
-    """(variant, dtype, channels per head) of what a configuration is compiled for."""
+def _kinds(kernel: str) -> list[tuple[str, str, int]]:
+    """(variant, dtype, channels per head) of what the default configuration is compiled for."""
     dtypes = ("bf16", "fp16", "fp32")
-    variants = [variant for variant in VARIANTS[kernel] if default or variant not in DEFAULT_ONLY]
-    kinds = [(variant, dtype, 32) for variant in variants for dtype in dtypes]
-    if default:
-        kinds += [("plain", "fp64", 32)] + [("plain", dtype, D) for D in (1, 30, 64) for dtype in dtypes]
-    return kinds
+    kinds = [(variant, dtype, 32) for variant in VARIANTS[kernel] for dtype in dtypes]
+    return kinds + [("plain", "fp64", 32)] + [("plain", dtype, D) for D in (1, 30, 64) for dtype in dtypes]
 
 
 def launch_arguments(case: Case) -> dict:
