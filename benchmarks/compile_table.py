@@ -245,7 +245,8 @@ def _loops(code: list) -> set[tuple[int, int]]:
 
 def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
     block_d = triton.next_power_of_2(case.channels)
-    block_q = min(max(_numbers(case.config)["TILE"] // block_d, 1), 128)
+    tile = block_d * (1 if launch_arguments(case)["VEC"] else 8)
+    block_q = min(max(_numbers(case.config)["TILE"] // tile, 1), 128)
     threads = 32 * case.warps
     levels = len(ENCODER.levels)
     corners = 1 if case.kernel == "forward" and case.variant == "discrete" else 4

@@ -36,7 +36,7 @@ def _store_row(ptr, x, mask_q, LANES: tl.constexpr):
 @triton.jit
 def _backward_pixel(
     value_ptrs, grad_ptrs, weight, grad_out, inside, scale, d, mask_d, d_add, mask_add, mask_q,
-    D: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr, ADD_VEC: tl.constexpr, ADD_CHUNKS: tl.constexpr,
+    D: tl.constexpr, PACK: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr,
     NEEDS_VALUE: tl.constexpr, NEEDS_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """<grad_out, value> of one pixel per row [BLOCK_Q]; adds weight * grad_out to the pixel's gradient."""
@@ -48,7 +48,7 @@ def _backward_pixel(
         grad = weight[:, None] * grad_out
         if scale is not None:
             grad = tl.floor(grad * scale + 0.5).to(tl.int64)
-        add_pixel(grad_ptrs, grad, as_column(inside & mask_q, d_add) & mask_add, D, ADD_VEC, ADD_CHUNKS)
+        add_pixel(grad_ptrs, grad, as_column(inside & mask_q, d_add) & mask_add, D, VEC, CHUNKS)
     return dot
 
 
@@ -71,14 +71,11 @@ def _msda_bwd_kernel(
     NEEDS_VALUE: tl.constexpr = grad_value_ptr is not None
     NEEDS_SAMPLE: tl.constexpr = grad_loc_ptr is not None or grad_attn_ptr is not None
     CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
-    # integers are added one by one
-    ADD_VEC: tl.constexpr = 0 if scale_ptr is not None else VEC
-    ADD_CHUNKS: tl.constexpr = 1 if scale_ptr is not None else CHUNKS
     LANES: tl.constexpr = max(BLOCK_D // (max(VEC, 1) * CHUNKS), 1)
     # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
-    BLOCK_Q: tl.constexpr = min(max(TILE // BLOCK_D, 1), 128)
+    BLOCK_Q: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), 1), 128)
     q0 = tl.program_id(0) * BLOCK_Q
-    m = tl.program_id(1)
+    m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, BLOCK_Q)
     mask_q = q < Q - q0
@@ -91,7 +88,7 @@ def _msda_bwd_kernel(
     if grad_loc_ptr is not None:
         grad_loc_ptr += loc_offset
     d, mask_d = load_offsets(D, BLOCK_D, PACK, CHUNKS)
-    d_add, mask_add = add_offsets(D, BLOCK_D, ADD_VEC, ADD_CHUNKS)
+    d_add, mask_add = add_offsets(D, BLOCK_D, VEC, CHUNKS)
     value_ptr += b * stride_vb + m * stride_vm
     scale = None
     if NEEDS_VALUE:
@@ -151,19 +148,19 @@ def _msda_bwd_kernel(
             grad_bottom = grad_top + grad_below
             g00 = _backward_pixel(
                 top, grad_top, w0 - w01, grad_out, in00, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, VEC, CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             g01 = _backward_pixel(
                 top + STRIDE_VS, grad_top + M * D, w01, grad_out, in01, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, VEC, CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             g10 = _backward_pixel(
                 bottom, grad_bottom, w1 - w11, grad_out, in10, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, VEC, CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             g11 = _backward_pixel(
                 bottom + STRIDE_VS, grad_bottom + M * D, w11, grad_out, in11, scale, d, mask_d, d_add, mask_add, mask_q,
-                D, PACK, CHUNKS, ADD_VEC, ADD_CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
+                D, PACK, VEC, CHUNKS, NEEDS_VALUE, NEEDS_SAMPLE,
             )  # fmt: skip
             if NEEDS_SAMPLE:
                 g_top = g00 + fx * (g01 - g00)
@@ -240,6 +237,8 @@ def launch_backward(
     grad_value = scale = grad_locations = grad_weights = grad_reference = None
     if needs_value:
         deterministic = torch.are_deterministic_algorithms_enabled()
+        if deterministic:
+            arguments["VEC"] = 0  # integers are added one by one
         scale = _fixed_point_scale(grad_out, weights, reference_points is not None, M, acc) if deterministic else None
         grad_value = torch.zeros(B, S, M, D, dtype=torch.int64 if deterministic else acc, device=value.device)
     if needs_locations or needs_reference:

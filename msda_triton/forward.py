@@ -39,9 +39,9 @@ def _msda_fwd_kernel(
     """
     # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
     CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
-    BLOCK_Q: tl.constexpr = min(max(TILE // BLOCK_D, 1), 128)
+    BLOCK_Q: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), 1), 128)
     q0 = tl.program_id(0) * BLOCK_Q
-    m = tl.program_id(1)
+    m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, BLOCK_Q)
     row0 = b * Q + q0  # of [B, Q]
@@ -70,7 +70,7 @@ def _msda_fwd_kernel(
         below = W.to(tl.int64) * STRIDE_VS
         H = H.to(ACC)
         W = W.to(ACC)
-        for p in tl.range(num_points, loop_unroll_factor=UNROLL):
+        for p in tl.range(num_points, loop_unroll_factor=UNROLL if REF_DIM == 0 else max(UNROLL // 2, 1)):
             x = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p)), ACC), ref_x, step_x, W, REF_DIM, METHOD)
             y = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC), ref_y, step_y, H, REF_DIM, METHOD)
             attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)

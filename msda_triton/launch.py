@@ -77,7 +77,7 @@ def grid(B: int, Q: int, M: int, D: int):
     """One program per tile of queries, head and image."""
 
     def size(meta):
-        block_q = min(max(meta["TILE"] // meta["BLOCK_D"], 1), 128)
+        block_q = min(max(meta["TILE"] // (meta["BLOCK_D"] * (1 if meta["VEC"] else 8)), 1), 128)
         return triton.cdiv(Q, block_q), M, B
 
     return size
