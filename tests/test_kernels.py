@@ -27,8 +27,9 @@ def test_channels(D, dtype, device, poisoned_empty):
     check(SHAPES[:2], make_inputs(SHAPES[:2], Q=19 if D < 64 else 5, D=D, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("P", range(1, 9))
-@pytest.mark.parametrize("L", range(1, 6))
+@pytest.mark.parametrize(
+    ("L", "P"), [(L, P) for L in range(1, 6) for P in range(1, 9) if L in (1, 5) or P in (1, 4, 8)]
+)
 def test_levels_and_points(L, P, device, poisoned_empty):
     check(SHAPES[:L], make_inputs(SHAPES[:L], B=1, Q=5, M=1, P=P, dtype=torch.bfloat16, device=device))
 
