@@ -1,4 +1,4 @@
-"""The command `detr`: synth, check-data, train, eval, predict."""
+"""The command `detr`: synth, check-data, train, eval, predict, export."""
 
 import argparse
 import json
@@ -20,14 +20,14 @@ from detr.evaluate import evaluate, per_class_table
 from detr.images import DataError
 from detr.predict import find_images, predict
 from detr.synth import write_dataset
-from detr.weights import load_weights
+from detr.weights import export_weights, load_weights
 
 # flags of `train` that replace a field of the preset: type, unit
 _CONFIG_FLAGS = {
     "steps": (int, "optimiser steps"),
     "epochs": (int, "passes over the training images; used where steps is not set"),
     "batch_size": (int, "images per optimiser step"),
-    "lr": (float, "AdamW learning rate"),
+    "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
     "image_size": (int, "shortest side of an image in the model, pixels"),
     "seed": (int, "of initialisation, order and augmentation"),
 }
@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         return command
 
@@ -62,10 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "synth", _synth, "Write a synthetic dataset: coloured shapes on textured backgrounds, JPEG and COCO json."
     )
     synth.add_argument("out", type=Path, help="folder to write to")
-    synth.add_argument("--train", type=_at_least(1), default=2000, help="training images")
-    synth.add_argument("--val", type=_at_least(1), default=200, help="validation images")
-    synth.add_argument("--size", type=_at_least(32), default=128, help="width and height of the images, pixels")
-    synth.add_argument("--seed", type=_at_least(0), default=0, help="the same seed draws the same images")
+    synth.add_argument("--train", type=_at_least(1), default=2000, help="training images (%(default)s)")
+    synth.add_argument("--val", type=_at_least(1), default=200, help="validation images (%(default)s)")
+    synth.add_argument(
+        "--size", type=_at_least(32), default=128, help="width and height of the images, pixels (%(default)s)"
+    )
+    synth.add_argument("--seed", type=_at_least(0), default=0, help="the same seed draws the same images (%(default)s)")
 
     check = add(
         "check-data", _check_data, "Look for every fault of a dataset that would spoil a training; exit code 1 if any."
@@ -79,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--data", type=Path, help="folder of a COCO-format dataset")
     _add_split_names(training, "train")
     _add_split_names(training, "val")
-    training.add_argument("--preset", choices=PRESETS, default="tiny", help="model and recipe")
-    training.add_argument("--out", type=Path, default=Path("runs/train"), help="run directory, new")
+    presets = f"model and recipe, one of {', '.join(PRESETS)} (%(default)s)"
+    training.add_argument("--preset", choices=PRESETS, default="tiny", metavar="NAME", help=presets)
+    training.add_argument("--out", type=Path, default=Path("runs/train"), help="new run directory (%(default)s)")
     training.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
     training.add_argument(
         "--weights",
@@ -89,15 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, (kind, unit) in _CONFIG_FLAGS.items():
         flag = f"--{name.replace('_', '-')}"
-        training.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{unit} (default: the preset's)")
+        training.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{unit} (the preset's)")
     training.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the config, value as json"
     )
+    training.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
     _add_device(training)
 
     evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
     evaluation.add_argument("--data", type=Path, required=True, help="folder of a COCO-format dataset")
-    evaluation.add_argument("--split", default="val", help="train, val, test, ...")
+    evaluation.add_argument("--split", default="val", help="train, val, test, ... (%(default)s)")
     evaluation.add_argument("--images", type=Path, help="image folder, if its name is another")
     evaluation.add_argument("--annotations", type=Path, help="json, if its name is another")
     evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
@@ -107,9 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     prediction = add("predict", _predict, "Detect objects in images: pictures with boxes, and predictions.json.")
     prediction.add_argument("inputs", nargs="+", metavar="IMAGE", help="image, folder of images or glob pattern")
     prediction.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
-    prediction.add_argument("--out", type=Path, default=Path("runs/predict"), help="folder to write to")
-    prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1")
-    prediction.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ...")
+    prediction.add_argument("--out", type=Path, default=Path("runs/predict"), help="folder to write to (%(default)s)")
+    prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1 (%(default)s)")
+    prediction.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+
+    export = add("export", _export, "Write the weights of a checkpoint for other code.")
+    export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    export.add_argument(
+        "--to", choices=("official", "hf"), required=True, help="the original's file, or a Hugging Face folder"
+    )
+    export.add_argument("--out", type=Path, required=True, help="file or folder to write")
     return parser
 
 
@@ -130,7 +139,7 @@ def _add_split_names(parser: argparse.ArgumentParser, split: str) -> None:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument(
         "--workers", type=_at_least(0), help="processes that load images (default: 0 if all fit in memory)"
     )
@@ -196,7 +205,10 @@ def _train(options: argparse.Namespace) -> int:
             f"an image has {most} objects, and only n_queries = {config.n_queries} can be found", stacklevel=1
         )
 
-    trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
+    try:
+        trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
+    except RuntimeError as error:  # the backbone's weights cannot be downloaded
+        raise TrainingError(str(error)) from error
     val = validation_loader(splits["val"], config, device, options.workers)
     if options.resume:
         trainer.load_state(state, path)
@@ -225,10 +237,14 @@ def _config(options: argparse.Namespace) -> Config:
             overrides[name] = json.loads(value)
         except json.JSONDecodeError:
             overrides[name] = value
+    if options.no_pretrained:
+        overrides["pretrained_backbone"] = False
     if "epochs" in overrides:
         overrides.setdefault("steps", None)
+    base = PRESETS[options.preset]
+    if "lr" in overrides:
+        overrides.setdefault("lr_backbone", base.lr_backbone * overrides["lr"] / base.lr)
     if "image_size" in overrides:
-        base = PRESETS[options.preset]
         overrides.setdefault("max_size", round(base.max_size * overrides["image_size"] / base.image_size))
     try:
         return preset(options.preset, **overrides)
@@ -265,6 +281,16 @@ def _predict(options: argparse.Namespace) -> int:
     count = sum(len(result["detections"]) for result in results)
     print(f"{options.out}: {count} objects in {len(results)} images; pictures and predictions.json are there")
     return 1 if unreadable else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    model, _, categories = checkpoint.load_model(options.checkpoint, torch.device("cpu"))
+    try:
+        path = export_weights(model, options.out, options.to, list(categories.values()))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
+    print(f"{path}: written")
+    return 0
 
 
 def _device(options: argparse.Namespace) -> torch.device:

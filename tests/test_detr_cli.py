@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from urllib.error import URLError
 
 import coco_files
 import numpy as np
@@ -43,7 +44,7 @@ def test_the_files_of_a_run(data, run):
     config = Config.from_dict(record["config"])
     assert (config.name, config.d_model, config.image_size, config.batch_size, config.steps) == ("tiny", 32, 64, 2, 2)
     assert record["data"] == {"data": str(data)}
-    assert record["classes"] == {"1": "disc", "2": "square", "3": "triangle", "4": "star", "5": "cross"}
+    assert record["classes"] == {"1": "disc", "2": "square", "3": "triangle", "4": "star"}
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {"loss", "loss_ce", "loss_bbox", "loss_giou", "grad_norm", "lr", "seconds_per_step"}
@@ -60,7 +61,7 @@ def test_the_files_of_a_run(data, run):
     assert board.Scalars("AP")[0].step == 2
 
     last, best = (torch.load(run / name, weights_only=True) for name in ("checkpoint.pt", "best.pt"))
-    assert last["steps_done"] == 2 and last["category_ids"] == [1, 2, 3, 4, 5]
+    assert last["steps_done"] == 2 and last["category_ids"] == [1, 2, 3, 4]
     torch.testing.assert_close(last["model"], best["model"], rtol=0, atol=0)
     assert "optimizer" in last and "optimizer" not in best
     for name in ("curves.png", "predictions.png"):
@@ -89,7 +90,7 @@ def test_predict(data, run, tmp_path):
     assert [result["file"] for result in results] == [str(data / "val" / f"{i:06d}.jpg") for i in range(4)]
     for result in results:
         assert len(result["detections"]) == 100
-        assert {row["category_id"] for row in result["detections"]} <= {1, 2, 3, 4, 5}
+        assert {row["category_id"] for row in result["detections"]} <= {1, 2, 3, 4}
         scores = [row["score"] for row in result["detections"]]
         assert scores == sorted(scores, reverse=True)
     assert Image.open(out / "000003.jpg").size == (64, 64)
@@ -114,7 +115,6 @@ def test_weights_of_another_label_set(data, run, tmp_path, capsys):
     for split in ("train", "val"):
         coco_files.write(tmp_path / "data", content, split)
     arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "0", *SMALL]
-    arguments += ["--set", "lr_backbone=0"]
     assert main(["train", "--weights", str(run / "best.pt"), *arguments]) == 0
     old, new = (torch.load(path / "best.pt", weights_only=True)["model"] for path in (run, tmp_path / "run"))
     assert new["class_embed.1.weight"].shape == (2, 32)
@@ -128,6 +128,32 @@ def test_weights_of_another_label_set(data, run, tmp_path, capsys):
         == 1
     )
     assert f"detr train: error: {tmp_path / 'other.pt'}:" in capsys.readouterr().err
+
+
+def test_a_real_backbone_from_random_weights_exported(data, tmp_path, capsys, monkeypatch):
+    out, exported = tmp_path / "run", tmp_path / "official.pth"
+    small = ["--epochs", "1", "--batch-size", "6", "--image-size", "64", "--workers", "0"]
+    small += [text for field in ("backbone=resnet18", "enc_layers=1", "dec_layers=1") for text in ("--set", field)]
+    arguments = ["--data", str(data), "--preset", "deformable_detr_r50_two_stage", "--out", str(out), *small]
+    assert main(["train", "--no-pretrained", *arguments]) == 0
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert (config["steps"], config["epochs"], config["max_size"]) == (None, 1, 107)
+    assert main(["export", "--checkpoint", str(out / "best.pt"), "--to", "official", "--out", str(exported)]) == 0
+    ours = torch.load(out / "best.pt", weights_only=True)["model"]
+    theirs = torch.load(exported, weights_only=True)["model"]
+    torch.testing.assert_close(
+        theirs["backbone.0.body.conv1.weight"], ours["backbone.body.conv1.weight"], rtol=0, atol=0
+    )
+
+    # without a network the pre-trained weights are missed in one line
+    def no_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    capsys.readouterr()
+    assert main(["train", *arguments[:4], "--out", str(tmp_path / "b"), *small]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("detr train: error: pretrained_backbone: ") and error.count("\n") == 1
 
 
 def test_errors_are_one_line(data, run, tmp_path, capsys):
@@ -159,6 +185,10 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
             "category 90: name: expected no such category, got 'zebra'",
         ),
         (["predict", str(tmp_path / "none.jpg"), "--checkpoint", best], "none.jpg: expected an image"),
+        (
+            ["export", "--checkpoint", best, "--to", "hf", "--out", str(tmp_path / "x")],
+            f"{best}: layout: hf has no such",
+        ),
     ):
         assert main(arguments) == 1, arguments
         error = capsys.readouterr().err
@@ -189,7 +219,7 @@ def test_check_data(data, tmp_path, capsys):
     assert (problem["entry"], problem["field"], problem["fatal"]) == ("image 9", "file_name", True)
 
 
-@pytest.mark.parametrize("command", ["synth", "check-data", "train", "eval", "predict"])
+@pytest.mark.parametrize("command", ["synth", "check-data", "train", "eval", "predict", "export"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
