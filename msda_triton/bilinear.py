@@ -181,6 +181,7 @@ def load_chunk(ptrs, mask, ACC: tl.constexpr, PACK: tl.constexpr):
 @triton.jit
 def load_pixel(ptrs, mask, ACC: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
     """Channels of one pixel per row: [BLOCK_Q, BLOCK_D]."""
+    tl.static_assert(CHUNKS == 1 or CHUNKS == 2 or CHUNKS == 4, "LANE_D allows 1, 2 or 4 chunks")
     STEP: tl.constexpr = D // (PACK * CHUNKS)
     if CHUNKS == 1:
         return load_chunk(ptrs, mask, ACC, PACK)
