@@ -272,7 +272,7 @@ def _products(rows: Tensor, grad_bags: Tensor, table: Tensor) -> Tensor:
     _accept_beta()
     bags, per_bag = rows.shape
     ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype)
-    products = table.new_empty(bags * per_bag)
+    products = table.new_zeros(bags * per_bag)  # beta = 0 still multiplies what is there, and 0 * NaN is NaN
     wanted = torch.sparse_csr_tensor(ends, rows.flatten(), products, (bags, len(table)), check_invariants=False)
     torch.sparse.sampled_addmm(wanted, grad_bags, table.T, beta=0, out=wanted)  # writes into products
     return products
