@@ -13,7 +13,7 @@ from detr.checkpoint import CheckpointError
 from detr.config import preset
 from detr.model import build_model
 
-CONFIG = preset("tiny_refine", d_model=32, n_heads=2, ffn_dim=32, n_queries=8)
+CONFIG = preset("tiny", d_model=32, n_heads=2, ffn_dim=32, n_queries=8)
 
 
 def content(config=CONFIG, names=("ant", "bee")):
