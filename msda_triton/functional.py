@@ -261,8 +261,12 @@ def _new_constant(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-# copied to the device once, so that later calls neither copy nor wait; a graph keeps its constants by itself
-_constant = functools.lru_cache(maxsize=1024)(_new_constant)
+@functools.lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    # copied to the device once, so that later calls neither copy nor wait; a graph keeps its constants by itself.
+    # One that was made in inference mode could not be saved for backward by a later call.
+    return _new_constant(values, device)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from msda_triton import fallback
+from msda_triton import bags, fallback
 
 
 def inductor_forward(value: Tensor, *inputs) -> Tensor:
@@ -50,5 +50,5 @@ def _compiled() -> fallback.Stages:
             "backend='inductor' needs a C++ compiler (g++, or what CXX names) and found none; backend='torch' does not"
         ) from error
     return fallback.Stages(
-        torch.compile(fallback.corner_bags, dynamic=True), torch.compile(fallback.sample_gradients, dynamic=True)
+        torch.compile(bags.corner_bags, dynamic=True), torch.compile(bags.sample_gradients, dynamic=True)
     )

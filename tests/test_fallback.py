@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from msda_triton import fallback
+from msda_triton import bags, fallback
 from msda_triton.fallback import fallback_backward, fallback_forward
 from msda_triton.reference import ms_deform_attn_reference
 
@@ -51,6 +51,12 @@ def check(inputs, rtol=1e-10, atol=1e-12, grad_out=None):
         )
 
 
+def set_dense_tokens(monkeypatch, number):
+    monkeypatch.setattr(bags, "DENSE_TOKENS", number)
+    bags.parts_of.cache_clear()
+    monkeypatch.setattr(bags, "parts_of", bags.parts_of.__wrapped__)
+
+
 @pytest.fixture
 def no_reference(monkeypatch):
     """Fails the test if the call is handed to the reference."""
@@ -68,10 +74,43 @@ def test_float64(D, points, no_reference):
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 200])
-def test_chunks_of_queries(chunk, monkeypatch):
+@pytest.mark.parametrize("dense_tokens", [0, 6, 64])
+def test_chunks_of_queries(chunk, dense_tokens, monkeypatch, no_reference):
     monkeypatch.setattr(fallback, "_CHUNK_FORWARD", chunk)
     monkeypatch.setattr(fallback, "_CHUNK_BACKWARD", chunk)
+    monkeypatch.setattr(fallback, "_CHUNK_DENSE", 20 * chunk)
+    set_dense_tokens(monkeypatch, dense_tokens)
     check(make_inputs(Q=7))
+
+
+PARTS = {  # tokens of a dense level for each of its points: where the parts of the backward begin
+    "all sorted": (0, [(7, 5), (2, 2), (3, 6)], None, [(0, 6, False)]),
+    "all dense": (64, [(7, 5), (2, 2), (3, 6)], None, [(0, 6, True)]),
+    "coarse levels dense": (6, [(7, 5), (2, 2), (3, 2)], None, [(0, 2, False), (2, 6, True)]),
+    "fine levels between": (6, [(2, 2), (7, 5), (3, 2)], None, [(0, 2, True), (2, 5, False), (5, 6, True)]),
+    "dense, not neighbours in memory": (6, [(2, 2), (3, 2)], [6, 0], [(0, 2, True), (2, 5, True)]),
+    "overlapping": (64, [(2, 2), (3, 2)], [0, 1], [(0, 2, True), (2, 5, True)]),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_dense_and_sorted_parts(case, needs, monkeypatch, no_reference):
+    dense_tokens, levels, starts, parts = PARTS[case]
+    set_dense_tokens(monkeypatch, dense_tokens)
+    inputs = make_inputs(levels=levels, points=(2, 3, 1)[: len(levels)])
+    inputs[2] = None if starts is None else torch.tensor(starts)
+    geometry = bags.geometry_of(inputs[1], inputs[2], inputs[5], inputs[0].shape[1])
+    found = bags.parts_of(geometry, inputs[0].shape[1])
+    assert [(part.points.start, part.points.stop, part.dense) for part in found] == parts
+    grad_out = grad_like(inputs)
+    got = fallback_backward(grad_out, *inputs, needs)
+    for need, grad, want in zip(needs, got, expected(inputs, grad_out)[1:], strict=True):
+        assert (grad is not None) == need
+        if need:
+            torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention import make_inputs, reference
+from attention import make_inputs, oracle, oracle_gradients, reference
 
 from msda_triton import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_fused
 
@@ -103,6 +103,19 @@ def test_forms_of_spatial_shapes(shapes):
     torch.testing.assert_close(call(spatial_shapes=shapes), call())
     torch.testing.assert_close(call(spatial_shapes=shapes, level_start_index=[0, 12]), call())
     torch.testing.assert_close(call(spatial_shapes=shapes, level_start_index=torch.tensor([0, 12])), call())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_training_after_inference_with_the_same_shapes(backend):
+    shapes = [(3, 7), (2, 1)]  # of no other test: its tensors are made in inference mode here
+    inputs = make_inputs(shapes)
+    with torch.inference_mode():
+        before = ms_deform_attn(inputs[0], shapes, *inputs[1:], backend=backend)
+    out = ms_deform_attn(inputs[0], shapes, *inputs[1:], backend=backend)
+    assert torch.equal(out, before)
+    exact = oracle_gradients(lambda *x: oracle(x[0], shapes, *x[1:]), inputs, torch.ones_like(out))
+    for got, want in zip(torch.autograd.grad(out.sum(), inputs), exact[1:], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_original_autograd_function():
