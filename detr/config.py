@@ -47,7 +47,7 @@ class Config:
     # data
     image_size: int = 800  # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
     max_size: int = 1333  # pixels; the longest side stays below this
-    augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip at one size
+    augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip and zoom at one size
 
     # training
     lr: float = 2e-4  # AdamW learning rate of everything that has no rate of its own
@@ -122,7 +122,7 @@ class Config:
         return cls(**values)
 
 
-# Without a pre-trained backbone one rate for all parameters, warm-up and a decay to 0 learn fastest.
+# Without a pre-trained backbone large rates, that of the backbone above all, warm-up and a decay to 0 learn fastest.
 _TINY = Config(
     name="tiny",
     backbone="tiny",
@@ -133,16 +133,17 @@ _TINY = Config(
     enc_layers=2,
     dec_layers=2,
     n_levels=3,
-    n_queries=25,
+    n_queries=50,
     dropout=0.0,
     refine=True,
-    image_size=128,
-    max_size=256,
+    two_stage=True,
+    image_size=160,
+    max_size=320,
     augment="tiny",
     lr=2e-3,
-    lr_backbone=2e-3,
+    lr_backbone=4e-3,
     batch_size=8,
-    steps=3000,
+    steps=2000,
     eval_steps=500,
     warmup_steps=100,
     schedule="cosine",
@@ -169,7 +170,7 @@ PRESETS: dict[str, Config] = {
     config.name: config
     for config in (
         _TINY,
-        replace(_TINY, name="tiny_two_stage", two_stage=True),
+        replace(_TINY, name="tiny_refine", two_stage=False),
         _DEFORMABLE,
         replace(_DEFORMABLE, name="deformable_detr_r50_refine", refine=True),
         replace(_DEFORMABLE, name="deformable_detr_r50_two_stage", refine=True, two_stage=True),

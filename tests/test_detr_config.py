@@ -16,8 +16,8 @@ def test_presets_survive_json(name):
 
 
 def test_override_replaces_only_the_named_fields():
-    changed = preset("tiny", n_queries=7, lr=1)
-    assert dataclasses.asdict(changed) == dataclasses.asdict(preset("tiny")) | {"n_queries": 7, "lr": 1}
+    changed = preset("tiny_refine", n_queries=7, lr=1)
+    assert dataclasses.asdict(changed) == dataclasses.asdict(preset("tiny_refine")) | {"n_queries": 7, "lr": 1}
 
 
 def test_presets_hold_the_published_recipes():
@@ -54,7 +54,7 @@ def test_presets_hold_the_published_recipes():
 )
 def test_bad_fields(overrides, message):
     with pytest.raises(ValueError) as error:
-        preset("tiny", **overrides)
+        preset("tiny_refine", **overrides)
     assert str(error.value).startswith(message)
 
 
