@@ -21,8 +21,8 @@ from msda_triton.bilinear import (
     unmasked,
     widen,
 )
-from msda_triton.launch import grid, kernel_arguments
-from msda_triton.tuning import BACKWARD_CONFIGS, autotune
+from msda_triton.launch import MAX_BATCH, batches, grid, kernel_arguments
+from msda_triton.tuning import launch
 
 
 @triton.jit
@@ -52,7 +52,6 @@ def _backward_pixel(
     return dot
 
 
-@autotune(BACKWARD_CONFIGS)
 @triton.jit(do_not_specialize=["S", "Q", "q_bucket"])
 def _msda_bwd_kernel(
     value_ptr, shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr,
@@ -227,6 +226,15 @@ def launch_backward(
     needs_value, needs_locations, needs_weights, needs_reference = needs
     B, S, M, D = value.shape
     Q = weights.shape[1]
+    if B > MAX_BATCH:
+        sizes = spatial_shapes, level_start_index
+        grads = [
+            launch_backward(g, v, *sizes, x, w, num_points, method, reference, mask, needs)
+            for g, v, x, w, reference, mask in batches(
+                grad_out, value, locations, weights, reference_points, value_mask
+            )
+        ]
+        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*grads, strict=True))
     arguments = kernel_arguments(
         value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask
     )
@@ -249,15 +257,15 @@ def launch_backward(
         shape = (B, Q, M, len(num_points), reference_points.shape[-1])
         grad_reference = torch.empty(shape, dtype=acc, device=value.device)
     if B * Q * M:
-        _msda_bwd_kernel[grid(B, Q, M, D)](
-            **arguments,
-            grad_out_ptr=grad_out,
-            grad_value_ptr=grad_value,
-            scale_ptr=scale,
-            grad_loc_ptr=grad_locations,
-            grad_attn_ptr=grad_weights,
-            grad_ref_ptr=grad_reference,
-        )
+        arguments |= {
+            "grad_out_ptr": grad_out,
+            "grad_value_ptr": grad_value,
+            "scale_ptr": scale,
+            "grad_loc_ptr": grad_locations,
+            "grad_attn_ptr": grad_weights,
+            "grad_ref_ptr": grad_reference,
+        }
+        launch("backward", _msda_bwd_kernel, grid(B, Q, M, D), B * Q * M, arguments)
     if scale is not None:
         grad_value = grad_value.to(acc) / scale.to(acc).view(B, 1, M, 1)
     if needs_value:

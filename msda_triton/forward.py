@@ -19,11 +19,10 @@ from msda_triton.bilinear import (
     unmasked,
     widen,
 )
-from msda_triton.launch import grid, kernel_arguments
-from msda_triton.tuning import FORWARD_CONFIGS, autotune
+from msda_triton.launch import MAX_BATCH, batches, grid, kernel_arguments
+from msda_triton.tuning import launch
 
 
-@autotune(FORWARD_CONFIGS)
 @triton.jit(do_not_specialize=["S", "Q", "q_bucket"])
 def _msda_fwd_kernel(
     value_ptr, shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr, out_ptr,
@@ -31,7 +30,7 @@ def _msda_fwd_kernel(
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr,
+    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
@@ -39,13 +38,16 @@ def _msda_fwd_kernel(
     """
     # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
     CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
-    BLOCK_Q: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), 1), 128)
+    # SHARE rows share a query, and each takes every SHARE-th point of a level
+    SHARE: tl.constexpr = SPLIT if P > 0 and P % SPLIT == 0 else 1
+    ROWS: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), SHARE), 128)
+    BLOCK_Q: tl.constexpr = ROWS // SHARE
     q0 = tl.program_id(0) * BLOCK_Q
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    q = tl.arange(0, BLOCK_Q)
     row0 = b * Q + q0  # of [B, Q]
-    row = tl.minimum(q, Q - 1 - q0)
+    row = tl.minimum(tl.arange(0, ROWS) // SHARE, Q - 1 - q0)
+    first = tl.arange(0, ROWS) % SHARE
     loc_ptr += (row0 * M + m) * (2 * K) + row * (M * 2 * K)
     attn_ptr += (row0 * M + m) * K + row * (M * K)
     d, mask_d = load_offsets(D, BLOCK_D, PACK, CHUNKS)
@@ -55,10 +57,12 @@ def _msda_fwd_kernel(
     if REF_DIM > 0:
         row_max, row_scale = softmax_rows(attn_ptr, ACC, K, BLOCK_K)
         ref_ptr += (row0 + row) * (REF_L * REF_DIM)
+    loc_ptr += 2 * first
+    attn_ptr += first
     if mask_ptr is not None:
         mask_ptr += b * S
 
-    out = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
+    out = tl.zeros((ROWS, BLOCK_D), ACC)
     k = 0
     next_start = 0
     for l in range(L):
@@ -70,7 +74,7 @@ def _msda_fwd_kernel(
         below = W.to(tl.int64) * STRIDE_VS
         H = H.to(ACC)
         W = W.to(ACC)
-        for p in tl.range(num_points, loop_unroll_factor=UNROLL if REF_DIM == 0 else max(UNROLL // 2, 1)):
+        for p in tl.range(0, num_points, SHARE, loop_unroll_factor=UNROLL if REF_DIM == 0 else max(UNROLL // 2, 1)):
             x = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p)), ACC), ref_x, step_x, W, REF_DIM, METHOD)
             y = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC), ref_y, step_y, H, REF_DIM, METHOD)
             attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)
@@ -97,9 +101,13 @@ def _msda_fwd_kernel(
                 out += w11[:, None] * v11
         k += num_points
 
-    d, mask_d = load_offsets(D, BLOCK_D, 1, CHUNKS)
+    if SHARE > 1:
+        out = tl.sum(tl.reshape(out, (BLOCK_Q, SHARE, BLOCK_D)), 1)
+    PARTS: tl.constexpr = CHUNKS if SHARE == 1 else 1
+    q = tl.arange(0, BLOCK_Q)
+    d, mask_d = load_offsets(D, BLOCK_D, 1, PARTS)
     out_ptr += (row0 * M + m) * D + (q * (M * D))[:, None] + d
-    store_row(out_ptr, out, (q < Q - q0)[:, None] & mask_d, D, CHUNKS)
+    store_row(out_ptr, out, (q < Q - q0)[:, None] & mask_d, D, PARTS)
 
 
 def launch_forward(
@@ -116,10 +124,18 @@ def launch_forward(
     """out [B, Q, M * D] in value's dtype."""
     B, _, M, D = value.shape
     Q = weights.shape[1]
+    if B > MAX_BATCH:
+        sizes = spatial_shapes, level_start_index
+        return torch.cat(
+            [
+                launch_forward(v, *sizes, x, w, num_points, method, reference, mask)
+                for v, x, w, reference, mask in batches(value, locations, weights, reference_points, value_mask)
+            ]
+        )
     arguments = kernel_arguments(
         value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask
     )
     out = torch.empty(B, Q, M * D, dtype=value.dtype, device=value.device)
     if out.numel():
-        _msda_fwd_kernel[grid(B, Q, M, D)](**arguments, out_ptr=out)
+        launch("forward", _msda_fwd_kernel, grid(B, Q, M, D), B * Q * M, arguments | {"out_ptr": out})
     return out

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MAX_BATCH = 65535  # programs along the last axis of a grid
+
 
 def _vector(value: Tensor) -> tuple[int, int]:
     """(VEC, PACK) of bilinear.py: channels in 16 bytes, or 0 where they do not fit, and channels a word."""
@@ -77,10 +79,19 @@ def grid(B: int, Q: int, M: int, D: int):
     """One program per tile of queries, head and image."""
 
     def size(meta):
-        block_q = min(max(meta["TILE"] // (meta["BLOCK_D"] * (1 if meta["VEC"] else 8)), 1), 128)
-        return triton.cdiv(Q, block_q), M, B
+        split, P = meta.get("SPLIT", 1), meta["P"]
+        share = split if P > 0 and P % split == 0 else 1
+        rows = min(max(meta["TILE"] // (meta["BLOCK_D"] * (1 if meta["VEC"] else 8)), share), 128)
+        return triton.cdiv(Q, rows // share), M, B
 
     return size
+
+
+def batches(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+    """The tensors [B, ...] in runs of MAX_BATCH images."""
+    B = tensors[0].shape[0]
+    runs = [slice(i, i + MAX_BATCH) for i in range(0, B, MAX_BATCH)]
+    return [tuple(None if x is None else x[run] for x in tensors) for run in runs]
 
 
 _POINTS: dict[tuple, Tensor] = {}

@@ -167,10 +167,10 @@ def reference_attention(value, shapes, starts, locations, weights, reference, ma
 
 
 def set_autotune(enabled: bool) -> None:
-    """Whether a first call with new sizes times every kernel configuration (seconds) or takes the default one.
+    """Whether the first call with new sizes times every kernel configuration, which takes seconds.
 
-    On by default. Under `torch.use_deterministic_algorithms(True)` the default configuration always runs.
+    Off by default: a table decides. Under `torch.use_deterministic_algorithms(True)` it always does.
     """
     from msda_triton import tuning
 
-    tuning.enabled = enabled
+    tuning.timing = enabled

@@ -1,19 +1,20 @@
-"""Kernel configurations and how one is chosen."""
+"""Kernel configurations, and how one is chosen: from a table, or by timing all of them."""
 
+import functools
 import os
 
 import torch
 import triton
 
-# TILE: float32 elements of one program's [BLOCK_Q, BLOCK_D] tile; LANE_D: channels of a row that one lane has;
-# UNROLL: points of a level worked on at once.
-# The first entry is the default: what runs in deterministic mode and with tuning off.
+# TILE: float32 elements of one program's [rows, BLOCK_D] tile; LANE_D: channels of a row that one lane has; UNROLL:
+# points of a level worked on at once; SPLIT: rows that share a query, each with its part of a level's points.
 FORWARD_CONFIGS = [
-    triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 4}, num_warps=2, num_stages=1),
-    triton.Config({"TILE": 2048, "LANE_D": 16, "UNROLL": 4}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 4}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 1}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 4}, num_warps=1, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 4, "SPLIT": 1}, num_warps=2, num_stages=1),
+    triton.Config({"TILE": 2048, "LANE_D": 16, "UNROLL": 4, "SPLIT": 1}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 4, "SPLIT": 1}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 4, "SPLIT": 1}, num_warps=1, num_stages=1),
+    triton.Config({"TILE": 512, "LANE_D": 16, "UNROLL": 1, "SPLIT": 4}, num_warps=1, num_stages=1),
+    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 1, "SPLIT": 4}, num_warps=1, num_stages=1),
 ]
 BACKWARD_CONFIGS = [
     triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1),
@@ -21,16 +22,66 @@ BACKWARD_CONFIGS = [
     triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 2}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 1}, num_warps=1, num_stages=1),
 ]
-
+CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
 # an interpreted program costs the same whatever its size
-INTERPRETED_CONFIGS = [triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1}, num_warps=1, num_stages=1)]
+INTERPRETED_CONFIGS = {
+    "forward": triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1, "SPLIT": 1}, num_warps=1, num_stages=1),
+    "backward": triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1}, num_warps=1, num_stages=1),
+}
 
-enabled = True  # op.set_autotune
+# Which configuration runs where nothing is timed: (direction, class of the call) to its index, by architecture and,
+# under "", for all others. Not measured on a GPU yet: the fewest instructions per row without a spill
+# (benchmarks/results/compile_table.csv), and four times the programs where there are few rows.
+# `python -m benchmarks.tune` times them on a GPU and prints its line for this table.
+TABLE = {
+    ("forward", "many"): {"": 0},
+    ("forward", "few"): {"": 4},
+    ("backward", "many"): {"": 0},
+    ("backward", "few"): {"": 0},
+}
+# rows (b, q, m): with fewer, programs of 32 rows leave a large GPU half empty
+_FEW_ROWS = 1 << 15
+
+timing = False  # op.set_autotune
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _candidates(configs, named_args, **kwargs):
+def launch(direction: str, kernel, grid, rows: int, arguments: dict) -> None:
+    """Run a kernel with the configuration of TABLE, or with the fastest of all if `timing` is on.
+
+    Args:
+        direction: "forward" or "backward". rows: of [B, Q, M].
+    """
     # another configuration adds channels in another order: the last bit of a gradient would depend on the timing
-    return configs if enabled and not torch.are_deterministic_algorithms_enabled() else configs[:1]
+    if timing and not _INTERPRETED and not torch.are_deterministic_algorithms_enabled():
+        _timed(direction, kernel)[grid](**arguments)
+    else:
+        config = choose(direction, call_class(rows, arguments), architecture(arguments["value_ptr"].device))
+        kernel[grid](**arguments, **config.all_kwargs())
+
+
+def call_class(rows: int, arguments: dict) -> str:
+    """The class of a call in TABLE, by its rows of [B, Q, M] and the arguments of its kernel."""
+    return "few" if rows < _FEW_ROWS else "many"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ... of a GPU."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def choose(direction: str, call_class: str, architecture: str) -> triton.Config:
+    """The configuration that TABLE has for a class of calls on an architecture."""
+    if _INTERPRETED:
+        return INTERPRETED_CONFIGS[direction]
+    row = TABLE[direction, call_class]
+    return CONFIGS[direction][row.get(architecture, row[""])]
 
 
 def _clear_grad_value(kwargs, reset_only=False):
@@ -39,13 +90,8 @@ def _clear_grad_value(kwargs, reset_only=False):
         kwargs["grad_value_ptr"].zero_()
 
 
-def autotune(configs: list[triton.Config]):
-    """Decorator: `triton.autotune` keyed on what the best configuration depends on, never on the image size itself."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        configs = INTERPRETED_CONFIGS
-    return triton.autotune(
-        configs=configs,
-        key=["M", "D", "L", "K", "REF_DIM", "q_bucket"],
-        prune_configs_by={"early_config_prune": _candidates},
-        pre_hook=_clear_grad_value,
-    )
+@functools.cache
+def _timed(direction: str, kernel):
+    """The kernel under `triton.autotune`, keyed on what the best configuration depends on but not on the image size."""
+    key = ["M", "D", "L", "K", "REF_DIM", "q_bucket"]
+    return triton.autotune(configs=CONFIGS[direction], key=key, pre_hook=_clear_grad_value)(kernel)

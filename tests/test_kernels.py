@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import triton
 from attention import assert_error_budget, gradients, make_inputs, oracle, oracle_gradients, reference
 
-from msda_triton import ms_deform_attn
+from msda_triton import ms_deform_attn, ms_deform_attn_fused, tuning
 
 NAMES = ("out", "grad_value", "grad_locations", "grad_weights")
 SHAPES = [(6, 9), (3, 5), (2, 2), (1, 1), (4, 3)]
@@ -38,6 +39,36 @@ def test_levels_and_points(L, P, device, poisoned_empty):
 @pytest.mark.parametrize("D", [1, 32])
 def test_queries(Q, D, device, poisoned_empty):
     check(SHAPES[:2], make_inputs(SHAPES[:2], B=1, Q=Q, M=1, D=D, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("num_points", [[4, 4], [8, 8], [3, 3], [1, 3]], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("D", [4, 30, 32])
+def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkeypatch, poisoned_empty):
+    """SPLIT is an order of work, taken where it divides the points of a level."""
+    B, M, Q = 1, 2, 11
+    value = torch.randn(B, 69, M, D, device=device)
+    inputs = [
+        torch.randn(B, Q, M, sum(num_points), 2, device=device),
+        torch.randn(B, Q, M, sum(num_points), device=device),
+    ]
+    if fused:
+        inputs = [torch.rand(B, Q, 2, 4, device=device), *inputs]
+    function = ms_deform_attn_fused if fused else ms_deform_attn
+    sums = []
+    for split in (4, 1):
+        numbers = {"TILE": 256, "LANE_D": 8, "UNROLL": 1, "SPLIT": split}
+        monkeypatch.setattr(tuning, "choose", lambda *_, n=numbers: triton.Config(n, num_warps=1, num_stages=1))
+        sums.append(function(value, SHAPES[:2], *inputs, num_points=num_points, backend="triton"))
+    expected = function(value.double(), SHAPES[:2], *inputs, num_points=num_points, backend="torch")
+    for out in sums:
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_more_images_than_a_grid_has_room_for(device, monkeypatch, poisoned_empty):
+    for module in ("forward", "backward", "launch"):
+        monkeypatch.setattr(f"msda_triton.{module}.MAX_BATCH", 2)
+    check(SHAPES[:2], make_inputs(SHAPES[:2], B=5, Q=3, M=1, device=device))
 
 
 @pytest.mark.parametrize("D", [256, 1025, 2048])

@@ -112,8 +112,9 @@ ARROWS = {
     "bilinear": set(),
     "tuning": set(),
     "launch": set(),
-    "fallback": {"reference"},
-    "inductor": {"fallback"},
+    "bags": set(),
+    "fallback": {"bags", "reference"},
+    "inductor": {"bags", "fallback"},
     "forward": {"bilinear", "launch", "tuning"},
     "backward": {"bilinear", "launch", "tuning"},
     "op": {"reference", "fallback", "inductor", "forward", "backward", "launch", "tuning"},
@@ -143,7 +144,9 @@ def test_arrows_of_the_house(name):
             assert not (name == "op" and top and rest[0] in ("forward", "backward", "launch", "tuning")), (
                 f"{imported} at import"
             )
-        assert not (name in ("reference", "fallback", "op", "functional", "module") and package == "triton"), imported
+        assert not (name in ("reference", "bags", "fallback", "op", "functional", "module") and package == "triton"), (
+            imported
+        )
 
 
 def test_the_detector_uses_public_names_only():
