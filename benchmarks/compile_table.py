@@ -18,6 +18,7 @@ AMD rows have no instruction counts. Needs Triton; a process with TRITON_INTERPR
 
 import argparse
 import csv
+import functools
 import inspect
 import multiprocessing
 import os
@@ -35,15 +36,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.workloads import WORKLOADS
-from msda_triton import backward, bilinear, forward
-from msda_triton.tuning import BACKWARD_CONFIGS, FORWARD_CONFIGS
+from msda_triton import backward, bilinear, forward, tuning
 
 CSV = Path(__file__).parent / "results" / "compile_table.csv"
 CUDA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 BUDGET_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 OTHER_TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100"]
-CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
 # a load is one of `value` if its line is one of these, or was inlined at one (which Triton 3.6 does not tell)
 VALUE_LOADS = {
     (Path(module.__file__).name, number)
@@ -52,7 +51,7 @@ VALUE_LOADS = {
     if ("load_pixel(" in line or "tl.load(ptrs" in line) and "grad_out_ptr" not in line
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# compiled for the other targets, the other configurations, and by --quick: (variant, dtype, channels per head)
+# compiled in every configuration, for every target and by --quick: (variant, dtype, channels per head)
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
 # "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
 VARIANTS = {
@@ -76,67 +75,82 @@ class Case:
 
 
 def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Case]:
-    """What the table holds; `quick` leaves the default configurations of the most used kernels."""
-    for kernel, configs in CONFIGS.items():
-        for config in configs:
-            default = config is configs[0]
-            name = " ".join(f"{key}={number}" for key, number in config.kwargs.items())
-            for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
-                if default and target in BUDGET_TARGETS and not quick:
-                    kinds = _kinds(kernel)
-                else:
-                    kinds = MAIN if default or (target in BUDGET_TARGETS and not quick) else []
-                if targets is None or target in targets:
-                    for kind in kinds:
-                        yield Case(kernel, *kind, name, config.num_warps, target)
+    """What the table holds; `quick` leaves the configurations that run by default, of the most used kernels.
+
+    Budget targets have every kind of kernel in its default configuration, and the main kinds in all of them; other
+    targets have the main kinds in their default configuration.
+    """
+    for kernel, configs in tuning.CONFIGS.items():
+        for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
+            if targets is not None and target not in targets:
+                continue
+            kinds = _kinds(kernel) if target in BUDGET_TARGETS and not quick else MAIN
+            for kind in kinds:
+                tried = configs if target in BUDGET_TARGETS and kind in MAIN and not quick else []
+                default = default_config(kernel, *kind, target)
+                for config in [*tried, *([] if default in tried else [default])]:
+                    yield Case(kernel, *kind, config_name(config), config.num_warps, target)
+
+
+def config_name(config: triton.Config) -> str:
+    numbers = config.kwargs | ({"maxnreg": config.maxnreg} if config.maxnreg else {})
+    return " ".join(f"{key}={number}" for key, number in numbers.items())
+
+
+def default_config(kernel: str, variant: str, dtype: str, channels: int, target: str) -> triton.Config:
+    """What runs without timing at the encoder's sizes."""
+    arguments = launch_arguments(kernel, variant, dtype, channels)
+    rows = ENCODER.B * ENCODER.Q * ENCODER.M
+    return tuning.choose(kernel, tuning.call_class(kernel, rows, arguments), target)
 
 
 def _kinds(kernel: str) -> list[tuple[str, str, int]]:
-    """(variant, dtype, channels per head) of what the default configuration is compiled for."""
+    """(variant, dtype, channels per head) of all that is compiled."""
     dtypes = ("bf16", "fp16", "fp32")
     kinds = [(variant, dtype, 32) for variant in VARIANTS[kernel] for dtype in dtypes]
     return kinds + [("plain", "fp64", 32)] + [("plain", dtype, D) for D in (1, 30, 64) for dtype in dtypes]
 
 
-def launch_arguments(case: Case) -> dict:
+@functools.cache
+def launch_arguments(kernel: str, variant: str, dtype: str, channels: int) -> dict:
     """What the launcher hands to its kernel, by name, for tensors without storage."""
     B, S, Q, M, P, L = ENCODER.B, ENCODER.S, ENCODER.Q, ENCODER.M, ENCODER.P, len(ENCODER.levels)
     with torch.device("meta"):
-        dtype = DTYPES[case.dtype]
-        fused = case.variant in ("point", "box", "box_mask")
-        value = torch.empty(B, S, M, case.channels, dtype=dtype)
+        storage = DTYPES[dtype]
+        fused = variant in ("point", "box", "box_mask")
+        value = torch.empty(B, S, M, channels, dtype=storage)
         # locations are float32 unless value is float64; offsets come out of a projection in value's dtype
-        locations = torch.empty(B, Q, M, L * P, 2, dtype=dtype if fused else torch.promote_types(dtype, torch.float32))
-        weights = torch.empty(B, Q, M, L * P, dtype=dtype)
+        wide = storage if fused else torch.promote_types(storage, torch.float32)
         inputs = (
             value,
             torch.empty(L, 2, dtype=torch.int64),
             None,
-            locations,
-            weights,
-            [P - 1, P, P, P + 1] if case.variant == "list" else [P] * L,
-            "discrete" if case.variant == "discrete" else "default",
-            torch.empty(B, Q, L, 2 if case.variant == "point" else 4) if fused else None,
-            torch.empty(B, S, dtype=torch.bool) if case.variant == "box_mask" else None,
+            torch.empty(B, Q, M, L * P, 2, dtype=wide),
+            torch.empty(B, Q, M, L * P, dtype=storage),
+            [P - 1, P, P, P + 1] if variant == "list" else [P] * L,
+            "discrete" if variant == "discrete" else "default",
+            torch.empty(B, Q, L, 2 if variant == "point" else 4) if fused else None,
+            torch.empty(B, S, dtype=torch.bool) if variant == "box_mask" else None,
         )
-        grad_out = torch.empty(B, Q, M * case.channels, dtype=dtype)
-    kernel = mock.MagicMock()
-    if case.kernel == "forward":
-        with mock.patch.object(forward, "_msda_fwd_kernel", kernel):
+        grad_out = torch.empty(B, Q, M * channels, dtype=storage)
+    with mock.patch.object(forward if kernel == "forward" else backward, "launch") as launch:
+        if kernel == "forward":
             forward.launch_forward(*inputs)
-    else:
-        needs = [case.variant != "frozen", True, True, fused]
-        torch.use_deterministic_algorithms(case.variant == "deterministic")
-        with mock.patch.object(backward, "_msda_bwd_kernel", kernel):
-            backward.launch_backward(grad_out, *inputs, needs)
-        torch.use_deterministic_algorithms(False)
-    return kernel[None].call_args.kwargs
+        else:
+            torch.use_deterministic_algorithms(variant == "deterministic")
+            backward.launch_backward(grad_out, *inputs, [variant != "frozen", True, True, fused])
+            torch.use_deterministic_algorithms(False)
+    return launch.call_args.args[-1]
 
 
 def compile_case(case: Case) -> CompiledKernel:
     """Compile as a launch of `launch_arguments` would, see `triton.JITFunction.run`."""
-    kernel = (forward._msda_fwd_kernel if case.kernel == "forward" else backward._msda_bwd_kernel).fn
-    arguments = launch_arguments(case) | _numbers(case.config)
+    kernel = forward._msda_fwd_kernel if case.kernel == "forward" else backward._msda_bwd_kernel
+    numbers = _numbers(case.config)
+    options = {"num_warps": case.warps, "num_stages": 1}
+    if "maxnreg" in numbers:
+        options["maxnreg"] = numbers.pop("maxnreg")
+    arguments = launch_arguments(case.kernel, case.variant, case.dtype, case.channels) | numbers
     nvidia = case.target.startswith("sm_")
     signature, constants, hints = {}, {}, {}
     for i, param in enumerate(kernel.params):
@@ -161,7 +175,7 @@ def compile_case(case: Case) -> CompiledKernel:
     else:
         target = GPUTarget("hip", case.target, 64 if case.target.startswith("gfx9") else 32)
     source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": 1})
+    return triton.compile(source, target=target, options=options)
 
 
 def _numbers(config: str) -> dict[str, int]:
@@ -245,15 +259,19 @@ def _loops(code: list) -> set[tuple[int, int]]:
 
 def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
     block_d = triton.next_power_of_2(case.channels)
-    tile = block_d * (1 if launch_arguments(case)["VEC"] else 8)
-    block_q = min(max(_numbers(case.config)["TILE"] // tile, 1), 128)
+    arguments = launch_arguments(case.kernel, case.variant, case.dtype, case.channels)
+    tile = block_d * (1 if arguments["VEC"] else 8)
+    numbers = _numbers(case.config)
+    split = numbers.get("SPLIT", 1)
+    share = split if arguments["P"] and arguments["P"] % split == 0 else 1
+    rows = min(max(numbers["TILE"] // tile, share), 128)
     threads = 32 * case.warps
     levels = len(ENCODER.levels)
     corners = 1 if case.kernel == "forward" and case.variant == "discrete" else 4
     # what one thread loads of one corner of one sample in all its rows
-    bits = max(block_q * block_d * DTYPES[case.dtype].itemsize * 8 // threads, max(loads))
-    issued = issued_instructions(code, loads, bits * corners * levels * ENCODER.P, levels)
-    return None if issued is None else round(issued * case.warps / block_q, 1)
+    bits = max(rows * block_d * DTYPES[case.dtype].itemsize * 8 // threads, max(loads))
+    issued = issued_instructions(code, loads, bits * corners * levels * ENCODER.P // share, levels)
+    return None if issued is None else round(issued * case.warps * share / rows, 1)
 
 
 def issued_instructions(code: list, loads: list[int], load_bits: int, levels: int) -> float | None:

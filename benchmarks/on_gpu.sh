@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: the operator's tests, the accuracy gate, the benchmark.
+# Everything that needs a GPU, in under ten minutes: the operator's tests, accuracy, the benchmark, configurations.
 #
 #   benchmarks/on_gpu.sh             results go to $OUT, by default benchmarks/results
 #   benchmarks/on_gpu.sh --dry-run   the same lines on a CPU: few tests, tiny shapes, kernels interpreted
@@ -15,7 +15,8 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 tests=(tests/test_kernels.py tests/test_fused.py tests/test_op.py tests/test_fallback.py)
 test_args=(-q -n 8)
-bench_args=(--limit 300)
+bench_args=(--limit 210)
+tune_args=(--workload encoder decoder --repeat 10)
 case ${1:-} in
     "") ;;
     --dry-run)
@@ -23,6 +24,7 @@ case ${1:-} in
         tests=(tests/test_kernels.py::test_queries tests/test_fallback.py::test_float64)
         test_args=(-q -n 2)
         bench_args=(--dry-run --device cpu --dtype bfloat16 --limit 200 --repeat 1)
+        tune_args=(--dry-run --workload dry_decoder --dtype bfloat16 --repeat 1)
         ;;
     *)
         echo "usage: benchmarks/on_gpu.sh [--dry-run]" >&2
@@ -34,8 +36,10 @@ mkdir -p "$out"
 start=$SECONDS
 "$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, "cuda", torch.cuda.is_available())'
 status=0
-timeout 200 "$PYTHON" -m pytest "${test_args[@]}" "${tests[@]}" 2>&1 | tee "$out/pytest.log" || status=1
+timeout 180 "$PYTHON" -m pytest "${test_args[@]}" "${tests[@]}" 2>&1 | tee "$out/pytest.log" || status=1
 echo "tests: $((SECONDS - start)) s"
-timeout 380 "$PYTHON" -m benchmarks.run --out "$out" "${bench_args[@]}"
+timeout 60 "$PYTHON" -m benchmarks.accuracy --csv "$out/accuracy.csv" || status=1
+timeout 270 "$PYTHON" -m benchmarks.run --out "$out" "${bench_args[@]}"
+timeout 80 "$PYTHON" -m benchmarks.tune --out "$out" "${tune_args[@]}" || status=1
 echo "all: $((SECONDS - start)) s; results in $out"
 exit $status

@@ -16,23 +16,29 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) * 0.5, high - low], -1)
 
 
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (arXiv 1902.09630) of boxes given as corners, elementwise over broadcast leading dimensions.
+def iou_and_generalized_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU (arXiv 1902.09630) of boxes given as corners, elementwise over broadcast dimensions.
 
-    torchvision's takes two lists of boxes only; this one gives all pairs of a batch for `a[..., :, None, :]` and
+    torchvision's take two lists of boxes only; this one gives all pairs of a batch for `a[..., :, None, :]` and
     `b[..., None, :, :]`.
 
     Args:
         a, b: [..., 4] (x0, y0, x1, y1).
     Returns:
-        [...] in [-1, 1]; nan where both boxes have no area and coincide.
+        Both [...], in [0, 1] and [-1, 1]; nan where both boxes have no area and coincide.
     """
     size_a, size_b = (box[..., 2:] - box[..., :2] for box in (a, b))
     area_a, area_b = size_a.prod(-1), size_b.prod(-1)
     inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
     union = area_a + area_b - inner
-    return inner / union - (hull - union) / hull
+    iou = inner / union
+    return iou, iou - (hull - union) / hull
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """The second of `iou_and_generalized_iou`."""
+    return iou_and_generalized_iou(a, b)[1]
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -34,7 +34,9 @@ class Config:
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
 
     # loss
-    class_loss: str = "focal"  # "focal" (sigmoid per class) or "softmax" with one extra class for "no object"
+    # "focal" (a sigmoid per class), "varifocal" (the same, which learns the IoU of its box, arXiv 2008.13367) or
+    # "softmax" with one extra class for "no object"
+    class_loss: str = "focal"
     cost_class: float = 2.0  # weights of the matching cost
     cost_bbox: float = 5.0
     cost_giou: float = 2.0
@@ -47,12 +49,13 @@ class Config:
     # data
     image_size: int = 800  # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
     max_size: int = 1333  # pixels; the longest side stays below this
-    augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip and zoom at one size
+    augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip at one size
 
     # training
     lr: float = 2e-4  # AdamW learning rate of everything that has no rate of its own
     lr_backbone: float = 2e-5  # of the backbone; 0 freezes it
     lr_offsets_mult: float = 0.1  # factor on lr for sampling offsets and reference points
+    beta2: float = 0.999  # AdamW's decay of the squared gradients
     weight_decay: float = 1e-4  # AdamW, on every parameter as the original does
     clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
     batch_size: int = 32  # images per optimiser step, over all processes
@@ -68,7 +71,7 @@ class Config:
         choices = {
             "backbone": BACKBONES,
             "attention": ("deformable", "global"),
-            "class_loss": ("focal", "softmax"),
+            "class_loss": ("focal", "varifocal", "softmax"),
             "augment": ("tiny", "official"),
             "schedule": ("step", "cosine"),
         }
@@ -86,6 +89,8 @@ class Config:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         if self.seed < 0:
             raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2: expected a number from 0 to below 1, got {self.beta2}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
         if self.d_model % 32 or self.d_model % self.n_heads:
@@ -97,7 +102,7 @@ class Config:
         if self.attention == "global" and (self.n_levels > 1 or self.refine or self.own_level_only):
             raise ValueError('attention: "global" needs n_levels = 1, refine = False and own_level_only = False')
         if self.class_loss == "softmax" and self.two_stage:
-            raise ValueError('class_loss: two_stage needs "focal", got "softmax"')
+            raise ValueError('class_loss: two_stage needs "focal" or "varifocal", got "softmax"')
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dict of json types."""
@@ -122,7 +127,8 @@ class Config:
         return cls(**values)
 
 
-# Without a pre-trained backbone large rates, that of the backbone above all, warm-up and a decay to 0 learn fastest.
+# Without a pre-trained backbone large rates, that of the backbone above all, warm-up and a decay to 0 learn fastest;
+# what each choice is worth is in benchmarks/NOTES.md.
 _TINY = Config(
     name="tiny",
     backbone="tiny",
@@ -130,18 +136,21 @@ _TINY = Config(
     d_model=64,
     n_heads=4,
     ffn_dim=128,
-    enc_layers=2,
-    dec_layers=2,
+    enc_layers=1,
+    dec_layers=3,
     n_levels=3,
     n_queries=50,
     dropout=0.0,
     refine=True,
     two_stage=True,
+    class_loss="varifocal",
+    loss_ce=1.0,
     image_size=160,
     max_size=320,
     augment="tiny",
     lr=2e-3,
     lr_backbone=4e-3,
+    beta2=0.98,
     batch_size=8,
     steps=2000,
     eval_steps=500,

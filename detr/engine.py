@@ -58,7 +58,11 @@ class Trainer:
         self.model = build_model(replace(config, pretrained_backbone=pretrained), len(split.class_names)).to(device)
         self.criterion = Criterion(config, len(split.class_names))
         self.optimizer = torch.optim.AdamW(
-            param_groups(self.model, config), lr=config.lr, weight_decay=config.weight_decay, fused=True
+            param_groups(self.model, config),
+            lr=config.lr,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.total_steps = config.steps or math.ceil(config.epochs * len(self.dataset) / config.batch_size)
         self.scheduler = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.total_steps, config))

@@ -1,4 +1,4 @@
-"""The set loss: focal or softmax classification, L1 and generalised IoU, on every decoder layer and proposal."""
+"""The set loss: classification, L1 and generalised IoU, on every decoder layer and proposal."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
-from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.boxes import cxcywh_to_xyxy, iou_and_generalized_iou
 from detr.config import Config
 from detr.matcher import Match, Matcher, matching_cost
 
 NAMES = ("loss_ce", "loss_bbox", "loss_giou")
+VARIFOCAL_ALPHA = 0.75  # weight of the negatives (arXiv 2008.13367, section 3.2)
 
 
 class Criterion:
@@ -81,6 +82,8 @@ class Criterion:
         # the class of each box, the one past the last where nothing is matched
         classes = labels.new_full(logits.shape[:3], self.num_classes)
         classes[r, match.image, match.query] = labels[match.image, match.target]
+        predicted, wanted = boxes[r, match.image, match.query].float(), target_boxes[match.image, match.target]
+        iou, giou = iou_and_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         if self.config.class_loss == "softmax":
             weight = logits.new_ones(self.num_classes + 1)
             weight[-1] = self.config.eos_weight
@@ -88,14 +91,28 @@ class Criterion:
             loss_ce = entropy.flatten(1).sum(1) / weight[classes].flatten(1).sum(1)
         else:
             one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].float()
-            loss_ce = sigmoid_focal_loss(logits.float(), one_hot, self.config.focal_alpha, gamma=2)
+            if self.config.class_loss == "varifocal":
+                quality = logits.new_zeros(logits.shape[:3], dtype=torch.float32)
+                quality[r, match.image, match.query] = iou.detach()
+                loss_ce = varifocal_loss(logits.float(), one_hot, quality[..., None])
+            else:
+                loss_ce = sigmoid_focal_loss(logits.float(), one_hot, self.config.focal_alpha, gamma=2)
             loss_ce = loss_ce.flatten(1).sum(1) / num_boxes
-        predicted, wanted = boxes[r, match.image, match.query].float(), target_boxes[match.image, match.target]
         loss_bbox = (predicted - wanted).abs().sum((1, 2)) / num_boxes
-        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
         loss_giou = (1 - giou).sum(1) / num_boxes
         config = self.config
         return torch.stack([config.loss_ce * loss_ce, config.loss_bbox * loss_bbox, config.loss_giou * loss_giou])
+
+
+def varifocal_loss(logits: Tensor, one_hot: Tensor, quality: Tensor) -> Tensor:
+    """Varifocal loss (arXiv 2008.13367, equation 2): the score of a matched box learns its IoU, `quality`.
+
+    logits and one_hot: [..., K]; quality: [..., 1], used where one_hot is 1. The result has the shape of logits.
+    """
+    negative = VARIFOCAL_ALPHA * logits.detach().sigmoid() ** 2
+    target = quality * one_hot
+    weight = torch.where(one_hot > 0, target, negative)
+    return F.binary_cross_entropy_with_logits(logits, target, weight, reduction="none")
 
 
 def _stack(predictions: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

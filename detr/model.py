@@ -46,7 +46,7 @@ class DeformableDETR(nn.Module):
 
         class_head = nn.Linear(C, num_classes + (config.class_loss == "softmax"))
         bbox_head = MLP(C)
-        if config.class_loss == "focal":
+        if config.class_loss != "softmax":
             nn.init.constant_(class_head.bias, PRIOR_BIAS)
         if config.attention == "deformable":
             nn.init.zeros_(bbox_head.layers[-1].weight)

@@ -1,6 +1,5 @@
 """What happens to an image and its boxes between the file and the model, in training and in evaluation."""
 
-import math
 from typing import Any
 
 import torch
@@ -37,35 +36,15 @@ class RandomSizedCrop(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
         height, width = v2.functional.get_size(flat_inputs[0])
-        h, w = (_draw(min(self.smallest, n), min(self.largest, n)) for n in (height, width))
-        return {"top": _draw(0, height - h), "left": _draw(0, width - w), "height": h, "width": w}
+        h, w = (self._draw(min(self.smallest, n), min(self.largest, n)) for n in (height, width))
+        return {"top": self._draw(0, height - h), "left": self._draw(0, width - w), "height": h, "width": w}
 
     def transform(self, inpt: Any, params: dict[str, int]) -> Any:
         return v2.functional.crop(inpt, **params)
 
-
-class RandomZoom(v2.Transform):
-    """Crop a part of random place, proportions and area (`smallest` to 1 of the image's), enlarged to the old size."""
-
-    def __init__(self, smallest: float) -> None:
-        super().__init__()
-        self.smallest = smallest
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.functional.get_size(flat_inputs[0])
-        area = float(torch.empty(()).uniform_(self.smallest, 1))
-        stretch = math.exp(float(torch.empty(()).uniform_(-0.1, 0.1)))
-        h, w = min(height, round(height * area**0.5 * stretch)), min(width, round(width * area**0.5 / stretch))
-        top, left = _draw(0, height - h), _draw(0, width - w)
-        return {"top": top, "left": left, "height": h, "width": w, "size": [height, width]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.resized_crop(inpt, **params, antialias=True)
-
-
-def _draw(low: int, high: int) -> int:
-    """An integer from [low, high]."""
-    return int(torch.randint(low, high + 1, ()))
+    @staticmethod
+    def _draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, ()))
 
 
 def resize(image: Tensor, shortest: int, longest: int) -> Tensor:
@@ -82,8 +61,7 @@ def resized_size(height: int, width: int, shortest: int, longest: int) -> list[i
 def training_transform(config: Config) -> Transform:
     """Random augmentation, drawn from torch's global generator: the recipe `config.augment`."""
     if config.augment == "tiny":
-        zoom = v2.RandomApply([RandomZoom(0.4)], p=0.5)
-        return Transform(v2.RandomHorizontalFlip(), zoom, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=2))
+        return Transform(v2.RandomHorizontalFlip())
     # the original's sizes are for image_size 800; other image sizes keep their proportions
     sizes, before_crop, crop = (
         [round(size * config.image_size / 800) for size in original]

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import re
 
 import torch
 import triton
+import triton.language as tl
 
 # TILE: float32 elements of one program's [rows, BLOCK_D] tile; LANE_D: channels of a row that one lane has; UNROLL:
 # points of a level worked on at once; SPLIT: rows that share a query, each with its part of a level's points.
@@ -29,15 +31,19 @@ INTERPRETED_CONFIGS = {
     "backward": triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1}, num_warps=1, num_stages=1),
 }
 
-# Which configuration runs where nothing is timed: (direction, class of the call) to its index, by architecture and,
-# under "", for all others. Not measured on a GPU yet: the fewest instructions per row without a spill
-# (benchmarks/results/compile_table.csv), and four times the programs where there are few rows.
-# `python -m benchmarks.tune` times them on a GPU and prints its line for this table.
+# ptxas spills a few registers of a large kernel to fit more programs, unless it may use all that a thread can have
+_ALL_REGISTERS = triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1, maxnreg=255)
+
+# Which configuration runs where nothing is timed: by direction and class of the call, then by architecture ("sm_90"),
+# vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the fewest instructions per row without
+# a spill (benchmarks/results/compile_table.csv), and four times the programs where there are few rows.
+# `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
 TABLE = {
-    ("forward", "many"): {"": 0},
-    ("forward", "few"): {"": 4},
-    ("backward", "many"): {"": 0},
-    ("backward", "few"): {"": 0},
+    ("forward", "many"): {"": FORWARD_CONFIGS[0]},
+    ("forward", "few"): {"": FORWARD_CONFIGS[4]},
+    ("backward", "many"): {"": BACKWARD_CONFIGS[0]},
+    ("backward", "few"): {"": BACKWARD_CONFIGS[0]},
+    ("backward", "large"): {"": BACKWARD_CONFIGS[1], "sm": _ALL_REGISTERS},
 }
 # rows (b, q, m): with fewer, programs of 32 rows leave a large GPU half empty
 _FEW_ROWS = 1 << 15
@@ -56,12 +62,20 @@ def launch(direction: str, kernel, grid, rows: int, arguments: dict) -> None:
     if timing and not _INTERPRETED and not torch.are_deterministic_algorithms_enabled():
         _timed(direction, kernel)[grid](**arguments)
     else:
-        config = choose(direction, call_class(rows, arguments), architecture(arguments["value_ptr"].device))
-        kernel[grid](**arguments, **config.all_kwargs())
+        kernel[grid](**arguments, **configuration(direction, rows, arguments).all_kwargs())
 
 
-def call_class(rows: int, arguments: dict) -> str:
+def configuration(direction: str, rows: int, arguments: dict) -> triton.Config:
+    """What runs untimed."""
+    if _INTERPRETED:
+        return INTERPRETED_CONFIGS[direction]
+    return choose(direction, call_class(direction, rows, arguments), architecture(arguments["value_ptr"].device))
+
+
+def call_class(direction: str, rows: int, arguments: dict) -> str:
     """The class of a call in TABLE, by its rows of [B, Q, M] and the arguments of its kernel."""
+    if direction == "backward" and (arguments["REF_DIM"] or arguments["ACC"] == tl.float64):
+        return "large"
     return "few" if rows < _FEW_ROWS else "many"
 
 
@@ -78,10 +92,9 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def choose(direction: str, call_class: str, architecture: str) -> triton.Config:
     """The configuration that TABLE has for a class of calls on an architecture."""
-    if _INTERPRETED:
-        return INTERPRETED_CONFIGS[direction]
     row = TABLE[direction, call_class]
-    return CONFIGS[direction][row.get(architecture, row[""])]
+    vendor = re.match("[a-z]*", architecture)[0]
+    return row.get(architecture) or row.get(vendor) or row[""]
 
 
 def _clear_grad_value(kwargs, reset_only=False):

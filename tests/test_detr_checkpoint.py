@@ -136,7 +136,7 @@ def test_weights_of_another_model(tmp_path):
     written = content()
     for change, message in (
         ({"config": CONFIG.to_dict() | {"d_model": 64}}, r"of another model: .*: expected \[.*\], got \[.*\]"),
-        ({"config": CONFIG.to_dict() | {"two_stage": True}}, r"expected \[.*\], got no such tensor"),
+        ({"config": CONFIG.to_dict() | {"two_stage": False}}, r"expected \[.*\], got no such tensor"),
         ({"config": CONFIG.to_dict() | {"dec_layers": 1}}, r"expected no such tensor, got \[.*\]"),
         ({"class_names": ["ant", "bee", "cat"]}, r"class_embed\.0\.weight: expected \[3, 32\], got \[2, 32\]"),
         ({"config": CONFIG.to_dict() | {"colour": "red"}}, "config: unknown field 'colour'"),

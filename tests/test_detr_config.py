@@ -49,7 +49,10 @@ def test_presets_hold_the_published_recipes():
         ({"refine": False, "two_stage": True}, "two_stage: needs refine = True"),
         ({"dilation": True}, "dilation: needs backbone resnet50 or resnet101, got tiny"),
         ({"attention": "global"}, 'attention: "global" needs n_levels = 1'),
-        ({"class_loss": "softmax", "two_stage": True}, 'class_loss: two_stage needs "focal", got "softmax"'),
+        (
+            {"class_loss": "softmax", "two_stage": True},
+            'class_loss: two_stage needs "focal" or "varifocal", got "softmax"',
+        ),
     ],
 )
 def test_bad_fields(overrides, message):

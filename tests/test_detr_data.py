@@ -126,48 +126,32 @@ def test_a_damaged_image_is_named(tmp_path):
         CocoDataset(split, evaluation_transform())[2]
 
 
-def white_boxes(height, width, boxes):
-    """A black image with a box filled in each channel, so that its pixels say where a transform has moved it."""
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    for channel, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
-        image[channel, y0:y1, x0:x1] = 255
-    return image
-
-
-def assert_boxes_on_their_objects(image, boxes, labels):
-    pixels = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
-        inside = pixels[label] > 0.5
-        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
-        extent = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        assert max(abs(float(a) - b) for a, b in zip(extent, box, strict=True)) < 1.5
-
-
-def test_flip_and_zoom_keep_boxes_on_their_objects():
-    boxes = torch.tensor([[2.0, 10.0, 22.0, 40.0], [95.0, 30.0, 118.0, 55.0]])
-    image = white_boxes(64, 120, boxes)
-    transform = training_transform(preset("tiny"))
-    unchanged, flipped, seen, largest = 0, 0, set(), 0
-    for seed in range(80):
+def test_flip_moves_boxes_with_pixels(tmp_path):
+    split = load_split(*coco_files.write(tmp_path))
+    plain, target = CocoDataset(split, evaluation_transform())[0]
+    dataset = CocoDataset(split, training_transform(preset("tiny")))
+    flips = 0
+    for seed in range(16):
         torch.manual_seed(seed)
-        out, moved, labels = transform(image, boxes, torch.tensor([0, 1]))
-        assert out.shape == (3, 64, 120)  # batches need no padding
-        assert_boxes_on_their_objects(out, moved, labels)
-        seen.add(tuple(labels.tolist()))
-        if len(labels) == 2:
-            unchanged += torch.equal(moved, boxes)
-            flipped += bool(moved[0, 0] > moved[1, 0])
-        largest = max([largest, *(moved[:, 2] - moved[:, 0]).tolist()])
-    assert 10 <= unchanged <= 30 and 20 <= flipped <= 60
-    assert {(0, 1), (0,), (1,)} <= seen
-    assert 30 < largest < 23 * 1.75  # a part of 0.4 of the area is enlarged 1.6 times
+        image, moved = dataset[0]
+        flipped = not torch.equal(image, plain)
+        flips += flipped
+        expected = target["boxes"].clone()
+        if flipped:
+            expected[:, 0] = 1 - expected[:, 0]
+        torch.testing.assert_close(image, plain.flip(2) if flipped else plain, rtol=0, atol=0)
+        torch.testing.assert_close(moved["boxes"], expected)
+        assert moved["labels"].tolist() == [2, 1]
+    assert 3 <= flips <= 13
 
 
 def test_multi_scale_and_crop_keep_boxes_on_their_objects():
     config = preset("deformable_detr_r50", image_size=160, max_size=220)
     transform = training_transform(config)
+    image = torch.zeros(3, 90, 200, dtype=torch.uint8)
     boxes = torch.tensor([[20.0, 10.0, 50.0, 40.0], [140.0, 30.0, 190.0, 85.0]])
-    image = white_boxes(90, 200, boxes)
+    for channel, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
+        image[channel, y0:y1, x0:x1] = 255
     seen, widths = set(), set()
     for seed in range(60):
         torch.manual_seed(seed)
@@ -175,7 +159,12 @@ def test_multi_scale_and_crop_keep_boxes_on_their_objects():
         height, width = out.shape[1:]
         widths.add((height, width))
         assert min(height, width) <= 160 and max(height, width) <= 220
-        assert_boxes_on_their_objects(out, moved, labels)
+        pixels = out * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        for box, label in zip(moved.tolist(), labels.tolist(), strict=True):
+            inside = pixels[label] > 0.5
+            rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+            extent = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            assert max(abs(float(a) - b) for a, b in zip(extent, box, strict=True)) < 1.5
         seen.add(tuple(labels.tolist()))
     assert {(0, 1), (0,), (1,)} <= seen  # crops lose objects together with their labels
     assert len(widths) > 15

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from detr.config import preset
 from detr.losses import Criterion
@@ -14,6 +14,7 @@ from detr.matcher import Matcher
 
 FOCAL = preset("tiny_refine", cost_class=1.5, cost_bbox=4.0, cost_giou=3.0, loss_ce=1.2, loss_bbox=6.0, loss_giou=0.7)
 TWO_STAGE = preset("tiny", focal_alpha=0.3)
+VARIFOCAL = preset("tiny", class_loss="varifocal", loss_ce=0.8)
 SOFTMAX = preset("tiny_refine", class_loss="softmax", eos_weight=0.2)
 K, N = 3, 5
 
@@ -45,9 +46,13 @@ def make_outputs(n_images: int, config, seed: int = 0) -> dict:
     return outputs
 
 
-def giou(a: torch.Tensor, b: torch.Tensor) -> float:
+def giou(a: torch.Tensor, b: torch.Tensor, function=generalized_box_iou) -> float:
     corners = (box_convert(box[None], "cxcywh", "xyxy") for box in (a, b))
-    return generalized_box_iou(*corners).item()
+    return function(*corners).item()
+
+
+def iou(a: torch.Tensor, b: torch.Tensor) -> float:
+    return giou(a, b, box_iou)
 
 
 def pair_cost(logits, box, label, target_box, config) -> float:
@@ -94,7 +99,11 @@ def expected_losses(prediction, targets, config, num_boxes) -> list[float]:
             else:
                 for k in range(K):
                     p = torch.sigmoid(logits[i, k]).item()
-                    if k == label:
+                    if config.class_loss == "varifocal":
+                        quality = iou(boxes[i], target["boxes"][objects[i]]) if k == label else 0.0
+                        entropy = -quality * math.log(p) - (1 - quality) * math.log(1 - p)
+                        ce += (quality if k == label else 0.75 * p**2) * entropy
+                    elif k == label:
                         ce += config.focal_alpha * (1 - p) ** 2 * -math.log(p)
                     else:
                         ce += (1 - config.focal_alpha) * p**2 * -math.log(1 - p)
@@ -106,7 +115,9 @@ def expected_losses(prediction, targets, config, num_boxes) -> list[float]:
     return [config.loss_ce * ce, config.loss_bbox * bbox / num_boxes, config.loss_giou * giou_loss / num_boxes]
 
 
-@pytest.mark.parametrize("config", [FOCAL, TWO_STAGE, SOFTMAX], ids=["focal", "two_stage", "softmax"])
+@pytest.mark.parametrize(
+    "config", [FOCAL, TWO_STAGE, VARIFOCAL, SOFTMAX], ids=["focal", "two_stage", "varifocal", "softmax"]
+)
 def test_every_loss_by_the_formula(config):
     targets = make_targets(3, 0, 1, 6)  # none, and more objects than boxes
     outputs = make_outputs(4, config)
@@ -142,7 +153,9 @@ def test_images_share_nothing_but_the_count():
     torch.testing.assert_close(criterion(outputs, targets, num_boxes=torch.tensor(10.0))[0], together / 2)
 
 
-@pytest.mark.parametrize("config", [FOCAL, TWO_STAGE, SOFTMAX], ids=["focal", "two_stage", "softmax"])
+@pytest.mark.parametrize(
+    "config", [FOCAL, TWO_STAGE, VARIFOCAL, SOFTMAX], ids=["focal", "two_stage", "varifocal", "softmax"]
+)
 def test_batch_without_objects(config):
     outputs = make_outputs(2, config)
     total, losses = Criterion(config, K)(outputs, make_targets(0, 0))

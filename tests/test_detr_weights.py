@@ -30,7 +30,7 @@ VARIANTS = {
     "detr_dc5": preset("detr_r50_dc5", **SMALL, n_queries=9),
 }
 NAMES = ["cat", "dog", "owl", "bee", "elk"]
-TINY = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8}
+TINY = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "dec_layers": 2, "n_queries": 8}
 
 
 class ResNetLikeTimm(nn.Module):

@@ -58,7 +58,7 @@ def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkey
     sums = []
     for split in (4, 1):
         numbers = {"TILE": 256, "LANE_D": 8, "UNROLL": 1, "SPLIT": split}
-        monkeypatch.setattr(tuning, "choose", lambda *_, n=numbers: triton.Config(n, num_warps=1, num_stages=1))
+        monkeypatch.setattr(tuning, "configuration", lambda *_, n=numbers: triton.Config(n, num_warps=1, num_stages=1))
         sums.append(function(value, SHAPES[:2], *inputs, num_points=num_points, backend="triton"))
     expected = function(value.double(), SHAPES[:2], *inputs, num_points=num_points, backend="torch")
     for out in sums:
