@@ -3,6 +3,15 @@
 from msda_triton.functional import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_fused
 from msda_triton.module import MSDeformAttn
 from msda_triton.op import set_autotune
+from msda_triton.shims.patching import patch, unpatch
 
-__all__ = ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn", "ms_deform_attn_fused", "set_autotune"]
+__all__ = [
+    "MSDeformAttn",
+    "MSDeformAttnFunction",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "patch",
+    "set_autotune",
+    "unpatch",
+]
 __version__ = "0.1.0"

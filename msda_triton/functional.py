@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from msda_triton.op import Attention, locations_and_weights, reference_attention
+from msda_triton.op import Attention, AttentionBackward, locations_and_weights, reference_attention
 
 BACKENDS = ("auto", "triton", "torch", "inductor")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -126,6 +126,43 @@ def ms_deform_attn_fused(
         value, shapes, starts, sampling_offsets, attention_logits, reference_points, value_mask, num_points, method,
         backend,
     )  # fmt: skip
+
+
+def ms_deform_attn_backward(
+    grad_out: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    level_start_index: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of `ms_deform_attn` by itself, for code that keeps its own autograd functions.
+
+    Args:
+        grad_out: [B, Q, M * D], any strides. The others: as in `ms_deform_attn`.
+    Returns:
+        The gradients of value, sampling_locations and attention_weights, each in its input's shape and dtype.
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _check_rank("sampling_locations", sampling_locations, 6, "[B, Q, M, L, P, 2]")
+    if attention_weights.shape != sampling_locations.shape[:5]:
+        _raise_shape("attention_weights", sampling_locations.shape[:5], attention_weights)
+    num_points = [sampling_locations.shape[4]] * sampling_locations.shape[3]
+    locations, weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
+    _check_samples(value, "sampling_locations", locations, "attention_weights", weights, num_points)
+    B, Q, M = weights.shape[:3]
+    if grad_out.shape != (B, Q, M * value.shape[3]):
+        _raise_shape("grad_out", (B, Q, M * value.shape[3]), grad_out)
+    _check_same_device("grad_out", grad_out, value.device)
+    shapes, starts = _levels(value, spatial_shapes, level_start_index, len(num_points))
+    backend, needs = _backend(value, backend), [True, True, True, False]
+    grad_value, grad_locations, grad_weights, _ = AttentionBackward.apply(
+        grad_out, value, shapes, starts, locations, weights, None, None, num_points, "default", backend, needs
+    )
+    return grad_value, grad_locations.view(sampling_locations.shape), grad_weights.view(attention_weights.shape)
 
 
 class MSDeformAttnFunction:
