@@ -87,7 +87,10 @@ class Patch:
             namespace[name] = after
 
     def _recall_stand_ins(self) -> None:
-        """What was imported or built in the meantime holds stand-ins: it gets what its own module has by that name."""
+        """What the patched packages imported or built in the meantime holds stand-ins: it gets the originals.
+
+        A module of another package keeps what it imported by name: it may have wanted just that.
+        """
         originals = {}
         for original, ours in self.replaced.values():
             originals.setdefault(id(ours), []).append(original)

@@ -49,6 +49,8 @@ def deformable_attention_core_func_v2(
     if value_shape is not None and by_levels != (value_shape == "default"):
         what = "a tensor for each level" if value_shape == "default" else "one tensor [B, S, M, D]"
         raise ValueError(f"value: expected {what} for value_shape={value_shape!r}, got {type(value).__name__}")
+    if method == "discrete":
+        sampling_locations = sampling_locations.detach()  # None, not zeros: optimisers tell them apart
     if by_levels:
         value = _join(value, value_spatial_shapes, sampling_locations.shape[2])
     return ms_deform_attn(

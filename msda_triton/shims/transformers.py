@@ -62,8 +62,11 @@ def multi_scale_deformable_attention_v2(
 
     Args:
         sampling_locations: [B, Q, M, K, 2]. attention_weights: [B, Q, M, K].
-        method: "default" (bilinear) or "discrete" (the nearest pixel, clamped to the map).
+        method: "default" (bilinear) or "discrete" (the nearest pixel, clamped to the map), which leaves the locations
+            without a gradient.
     """
+    if method == "discrete":
+        sampling_locations = sampling_locations.detach()  # None, not zeros: optimisers tell them apart
     return ms_deform_attn(
         value, value_spatial_shapes, sampling_locations, attention_weights, num_points=num_points_list, method=method
     )

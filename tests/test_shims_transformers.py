@@ -1,0 +1,166 @@
+"""Hugging Face models before and after `patch("transformers")`: outputs, gradients, graphs."""
+
+import functools
+
+import hf_models
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import msda_triton
+from msda_triton.shims import transformers as shim
+
+ATTENTIONS = {  # the module around the attention in each model, by the name of its class
+    "rt_detr": "RTDetrMultiscaleDeformableAttention",
+    "rt_detr_v2": "RTDetrV2MultiscaleDeformableAttention",
+    "d_fine": "DFineMultiscaleDeformableAttention",
+    "deformable_detr": "DeformableDetrMultiscaleDeformableAttention",
+    "mask2former": "Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """The shapes of value in every call that reaches our operator."""
+    seen = []
+
+    def counted(value, *args, **kwargs):
+        seen.append(tuple(value.shape))
+        return msda_triton.ms_deform_attn(value, *args, **kwargs)
+
+    monkeypatch.setattr(shim, "ms_deform_attn", counted)
+    return seen
+
+
+def results(model: PreTrainedModel, name: str, images: int = 2) -> tuple[dict, dict]:
+    """Every tensor that the model returns, and the gradient of every parameter for a weighted sum of them."""
+    out = model(**{key: x[:images] for key, x in hf_models.inputs(name).items()})
+    tensors = {key: x for key, x in out.items() if torch.is_tensor(x) and x.is_floating_point()}
+    loss, finite = 0, torch.finfo(torch.float32).max / 2
+    for x in tensors.values():
+        if x.requires_grad:
+            weights = torch.linspace(-1, 2, x.numel()).sin().view(x.shape)
+            loss = loss + (torch.where(x.abs() < finite, x, 0) * weights).mean()
+    model.zero_grad()
+    loss.backward()
+    for cache in (
+        "language_cache_class",
+        "language_cache_prompt",
+    ):  # omdet_turbo's texts, with a graph that is gone now
+        if hasattr(model, cache):
+            getattr(model, cache).cache.clear()
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    return {key: x.detach() for key, x in tensors.items()}, gradients
+
+
+def assert_same(before: tuple[dict, dict], after: tuple[dict, dict]) -> None:
+    for key, x in before[0].items():
+        torch.testing.assert_close(after[0][key], x, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    assert before[1].keys() == after[1].keys() and len(before[1]) > 50
+    largest = max(g.abs().max() for g in before[1].values())
+    for key, g in before[1].items():
+        error = (after[1][key] - g).abs().max()
+        assert error <= 1e-4 * g.abs().max() + 1e-6 * largest, f"gradient of {key}: error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [pytest.param(b, marks=pytest.mark.entry_point(f"transformers {b.__name__}")) for b in hf_models.BUILDERS],
+    ids=lambda b: b.__name__,
+)
+def test_a_patched_model_computes_the_same(builder, calls):
+    name = builder.__name__
+    model = hf_models.build(builder)
+    before = results(model, name)
+    assert not calls
+    with msda_triton.patch("transformers"):
+        after = results(model, name)
+        built_later = results(hf_models.build(builder), name)
+    assert calls and all(len(shape) == 4 for shape in calls)
+    assert_same(before, after)
+    assert_same(before, built_later)
+    # the attention matters to the result, or equality would say little
+    assert any("sampling_offsets" in key and g.abs().max() > 0 for key, g in before[1].items()) or "discrete" in name
+    count = len(calls)
+    again = results(model, name)
+    assert len(calls) == count
+    for x, y in zip(before[0].values(), again[0].values(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("rt_detr", {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_n_points": 2}),
+        ("mask2former", {"encoder_layers": 1, "num_attention_heads": 1}),
+    ],
+    ids=["rt_detr", "mask2former"],
+)
+def test_a_patched_model_on_the_kernels(name, small, monkeypatch):
+    model = hf_models.build(functools.partial(getattr(hf_models, name), **small))
+    before = results(model, name, images=1)
+    kernels = functools.partial(msda_triton.ms_deform_attn, backend="triton")
+    monkeypatch.setattr(shim, "ms_deform_attn", kernels)
+    with msda_triton.patch("transformers"):
+        assert_same(before, results(model, name, images=1))
+
+
+@pytest.fixture(scope="module")
+def attention_calls() -> dict:
+    """The module around the attention of some models, and the arguments of its first call, before any patch."""
+    captured = {}
+
+    def keep(name, module, args, kwargs):
+        captured.setdefault(name, (module, args, kwargs))
+
+    for name, class_name in ATTENTIONS.items():
+        model = hf_models.build(getattr(hf_models, name))
+        layers = [m for m in model.modules() if type(m).__name__ == class_name]
+        layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: keep(name, module, args, kwargs), with_kwargs=True
+        )
+        with torch.no_grad():
+            model(**hf_models.inputs(name))
+        layers[0]._forward_pre_hooks.clear()
+        layers[0]._forward_pre_hooks_with_kwargs.clear()
+    return captured
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_compile_fullgraph_of_the_patched_attention(name, attention_calls):
+    module, args, kwargs = attention_calls[name]
+    before = module(*args, **kwargs)[0]
+    wanted = torch.autograd.grad(before.square().sum(), module.parameters())
+    with msda_triton.patch("transformers"):
+        graphs = []
+
+        def keep(graph, example_inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend=keep)
+        after = compiled(*args, **kwargs)[0]
+        gradients = torch.autograd.grad(after.square().sum(), module.parameters())
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item() + 1e-6)
+    [graph] = graphs
+    assert "grid_sampler" not in graph.print_readable(print_output=False)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_export_of_the_patched_attention(name, attention_calls):
+    module, args, kwargs = attention_calls[name]
+    with torch.no_grad():
+        before = module(*args, **kwargs)[0]
+        with msda_triton.patch("transformers"):
+            program = torch.export.export(module, args, kwargs)
+    after = program.module()(*args, **kwargs)[0]  # without the patch
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert not any("grid_sampler" in str(node.target) for node in program.graph.nodes)
