@@ -24,8 +24,8 @@ CLIP = {
     "num_attention_heads": 2, "max_position_embeddings": 8,
 }  # fmt: skip
 MASKED = {
-    "hidden_dim": 32, "encoder_feedforward_dim": 32, "encoder_layers": 2, "num_attention_heads": 4, "dim_feedforward": 32,
-    "num_queries": 12,
+    "hidden_dim": 32, "encoder_feedforward_dim": 32, "encoder_layers": 2, "num_attention_heads": 4,
+    "dim_feedforward": 32, "num_queries": 12,
 }  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def deimv2() -> nn.Module:
 
 def lw_detr() -> nn.Module:
     backbone = hf.LwDetrViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, pretrain_image_size=64, patch_size=16,
-        num_windows=4, out_indices=[1, 2], window_block_indices=[0],
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, pretrain_image_size=64,
+        patch_size=16, num_windows=4, out_indices=[1, 2], window_block_indices=[0],
     )  # fmt: skip
     config = hf.LwDetrConfig(
         backbone_config=backbone, d_model=32, decoder_ffn_dim=32, decoder_layers=2, decoder_self_attention_heads=4,
@@ -110,8 +110,8 @@ def omdet_turbo() -> nn.Module:
     config = hf.OmDetTurboConfig(
         backbone_config=_swin(), text_config=hf.CLIPTextConfig(**CLIP), image_size=64, text_projection_in_dim=16,
         apply_layernorm_after_vision_backbone=False,
-        text_projection_out_dim=16, task_encoder_hidden_dim=32, class_embed_dim=16, num_queries=12, encoder_hidden_dim=32,
-        vision_features_channels=[32, 32, 32], encoder_in_channels=[16, 32, 64],
+        text_projection_out_dim=16, task_encoder_hidden_dim=32, class_embed_dim=16, num_queries=12,
+        encoder_hidden_dim=32, vision_features_channels=[32, 32, 32], encoder_in_channels=[16, 32, 64],
         encoder_attention_heads=4, encoder_dim_feedforward=32, decoder_hidden_dim=32, decoder_num_heads=4,
         decoder_num_layers=2, decoder_dim_feedforward=32,
     )  # fmt: skip
@@ -127,17 +127,18 @@ def mask2former(**changes) -> nn.Module:
 
 def oneformer() -> nn.Module:
     config = hf.OneFormerConfig(
-        **MASKED, backbone_config=_swin(1), conv_dim=32, mask_dim=32, decoder_layers=3, query_dec_layers=1, task_seq_len=8,
-        text_encoder_width=32, text_encoder_context_length=8, text_encoder_num_layers=1, text_encoder_vocab_size=60,
-        text_encoder_n_ctx=4, dropout=0.0,
+        **MASKED, backbone_config=_swin(1), conv_dim=32, mask_dim=32, decoder_layers=3, query_dec_layers=1,
+        task_seq_len=8, text_encoder_width=32, text_encoder_context_length=8, text_encoder_num_layers=1,
+        text_encoder_vocab_size=60, text_encoder_n_ctx=4, dropout=0.0,
     )  # fmt: skip
     return hf.OneFormerForUniversalSegmentation(config)
 
 
 def pp_doclayout_v2() -> nn.Module:
     reading_order = {
-        "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1, "coordinate_size": 6,
-        "shape_size": 4, "num_classes": 5, "global_pointer_head_size": 8, "max_position_embeddings": 40,
+        "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1,
+        "coordinate_size": 6, "shape_size": 4, "num_classes": 5, "global_pointer_head_size": 8,
+        "max_position_embeddings": 40,
     }  # fmt: skip
     config = hf.PPDocLayoutV2Config(
         **RT_DETR, backbone_config=_rt_detr_resnet(), class_thresholds=[0.5] * 5, class_order=list(range(5)),
@@ -159,13 +160,13 @@ def pp_doclayout_v4() -> nn.Module:
 
 
 BUILDERS = (
-    deformable_detr, grounding_dino, mm_grounding_dino, rt_detr, rt_detr_v2, rt_detr_v2_discrete, d_fine, deimv2, lw_detr,
-    rf_detr, omdet_turbo, mask2former, oneformer, pp_doclayout_v2, pp_doclayout_v3, pp_doclayout_v4,
+    deformable_detr, grounding_dino, mm_grounding_dino, rt_detr, rt_detr_v2, rt_detr_v2_discrete, d_fine, deimv2,
+    lw_detr, rf_detr, omdet_turbo, mask2former, oneformer, pp_doclayout_v2, pp_doclayout_v3, pp_doclayout_v4,
 )  # fmt: skip
 
 
 def build(builder) -> nn.Module:
-    """The model in evaluation mode, every parameter random, so that offsets, queries and heads differ from each other."""
+    """The model in evaluation mode, every parameter random, so that offsets, queries and heads differ."""
     torch.manual_seed(0)
     model = builder().eval()
     generator = torch.Generator().manual_seed(1)

@@ -164,3 +164,33 @@ def test_export_of_the_patched_attention(name, attention_calls):
     after = program.module()(*args, **kwargs)[0]  # without the patch
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert not any("grid_sampler" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.entry_point("kernels: local layer repository of MultiScaleDeformableAttention")
+@pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING", "TRAINING_AND_COMPILE"])
+def test_the_layer_repository_of_package_kernels(mode, monkeypatch, calls):
+    kernels = pytest.importorskip("kernels", reason="kernels is in the test extra, from Python 3.11 on")
+    mode = {
+        "INFERENCE": kernels.Mode.INFERENCE,
+        "TRAINING": kernels.Mode.TRAINING,
+        "TRAINING_AND_COMPILE": kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE,
+    }[mode]
+    model = hf_models.build(hf_models.rt_detr)
+    before = results(model, "rt_detr")
+    layer = type(model.model.decoder.layers[0].encoder_attn.attn)
+    # what the decorator of transformers does, which is idle where it wants another version of kernels
+    for name, value in vars(kernels.use_kernel_forward_from_hub("MultiScaleDeformableAttention")(
+        type("MultiScaleDeformableAttention", (torch.nn.Module,), {"forward": layer.forward})
+    )).items():  # fmt: skip
+        if name.startswith("kernel_"):
+            monkeypatch.setattr(layer, name, value, raising=False)
+    repository = kernels.LocalLayerRepository(shim.KERNEL_REPOSITORY, layer_name="MultiScaleDeformableAttention")
+    mapping = {"MultiScaleDeformableAttention": {"cpu": {mode: repository}}}
+    with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
+        kernels.kernelize(model, mode=mode, device="cpu", use_fallback=kernels.KernelizeFallback.NONE)
+    assert_same(before, results(model, "rt_detr"))
+    assert len(calls) == 2
+
+    with msda_triton.patch("transformers") as patch:
+        own = [row.why for row in patch.rows if not row.replaced and "rt_detr.modeling_rt_detr" in row.entry_point]
+    assert len(own) == 1 and "has a forward of its own" in own[0]

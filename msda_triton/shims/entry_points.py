@@ -116,14 +116,17 @@ PACKAGES: dict[str, list[str]] = {
 }
 
 
-def small_call(layout: str) -> tuple:
+def small_call(layout: str, sizes_as_tensor: bool = False) -> tuple:
     """The arguments of a call in float64 on the CPU, with levels of 3 x 4 and 2 x 2 pixels and 3 queries."""
     B, Q, M, D, L, P = 2, 3, 2, 4, 2, 2
     shapes = [(3, 4), (2, 2)]
+    sizes = torch.tensor(shapes, device="cpu")
     S = sum(H * W for H, W in shapes)
     value = _numbers(B, S, M, D)
     locations, weights = _numbers(B, Q, M, L, P, 2) * 0.6 + 0.5, _numbers(B, Q, M, L, P)
     starts = torch.tensor([0, 12], device="cpu")
+    if sizes_as_tensor:
+        shapes = sizes
     if layout == "tokens_first":
         return value, shapes, locations, weights
     if layout.startswith("tokens_last"):
@@ -131,9 +134,9 @@ def small_call(layout: str) -> tuple:
             locations = locations.flatten(3, 4)
         return value.permute(0, 2, 3, 1).contiguous(), shapes, locations, weights.flatten(3)
     if layout == "level_start":
-        return value, torch.tensor(shapes, device="cpu"), starts, locations, weights
+        return value, sizes, starts, locations, weights
     if layout == "layer":
-        return None, value, torch.tensor(shapes, device="cpu"), shapes, starts, locations, weights, 64
+        return None, value, sizes, shapes, starts, locations, weights, 64
     points = [2, 1]
     listed = (shapes, locations.flatten(3, 4)[:, :, :, :3], weights.flatten(3)[..., :3], points)
     if "discrete" in layout:

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from types import ModuleType, TracebackType
@@ -28,6 +29,8 @@ from msda_triton.shims.entry_points import (
 _ALIASES = {"c_extension": "MultiScaleDeformableAttention", "hf": "transformers"}
 _OURS = ("msda_triton", "torch", "torchvision", "triton")
 _ABSENT = object()
+# what the import of a package raises that lacks something, a GPU among other things
+_IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, NameError, AssertionError, TypeError, ValueError)
 _active: list["Patch"] = []
 
 
@@ -165,11 +168,11 @@ def _import(result: Patch, name: str, asked: bool) -> None:
             result._set(sys.modules, extension, stand_in(extension, EXTENSIONS[extension]))
             result.rows.append(Row(extension, True, "stood in for: it is not compiled"))
     for module in PACKAGES.get(name, []):
-        if module in sys.modules or not _is_there(module):
-            continue
         try:
             importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError, AttributeError, NameError, AssertionError) as error:
+        except _IMPORT_ERRORS as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and _below(module, error.name):
+                continue  # this version has no such module
             result.rows.append(Row(module, False, f"its import failed: {type(error).__name__}: {error}"))
 
 
@@ -305,19 +308,20 @@ def _same_numbers(original: Any, entries: list[EntryPoint]) -> Any:
     if entry is None:
         return _other_arguments(original, arguments, entries)
     results, error = {}, None
-    for layout in entry.layouts.split():
+    for layout in itertools.product(entry.layouts.split(), (False, True)):
         try:
             with torch.no_grad(), torch.device("cpu"):
-                results[layout] = original(*small_call(layout))
+                results[layout] = original(*small_call(*layout))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NameError) as caught:
-            error = caught  # of another layout: one of them must run
+            error = error or caught  # of another layout: one of them must run
     if not results:
         return f"{_package(original)}: a small call raised {type(error).__name__}: {error}"
     for ours in entry.stand_ins:
         with torch.no_grad():
-            if all(_equal(ours(*small_call(layout)), result) for layout, result in results.items()):
+            if all(_equal(ours(*small_call(*layout)), result) for layout, result in results.items()):
                 return ours
-    return f"{_package(original)}: a small call gave other numbers ({', '.join(results)})"
+    layouts = ", ".join(dict.fromkeys(layout for layout, _ in results))
+    return f"{_package(original)}: a small call gave other numbers ({layouts})"
 
 
 def _equal(ours: torch.Tensor, theirs: Any) -> bool:
