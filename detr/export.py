@@ -1,0 +1,157 @@
+"""A detector as a file that runs without this package: ONNX, `torch.export`, or compiled by AOTInductor."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detr.model import DeformableDETR
+from msda_triton import MSDeformAttn
+
+FORMATS = ("onnx", "torch-export", "aoti")
+# how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
+NODES = ("plain", "tensorrt", "mmdeploy")
+
+
+class Detector(nn.Module):
+    """The last predictions of a model: logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) of the unpadded image."""
+
+    def __init__(self, model: DeformableDETR):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(images, mask)
+        return outputs["logits"], outputs["boxes"]
+
+
+def export_model(
+    model: DeformableDETR,
+    path: str | Path,
+    to: str,
+    size: tuple[int, int],
+    class_names: list[str],
+    attention: str = "plain",
+) -> Path:
+    """Write the model for images of one size and any number of them.
+
+    Its inputs are `images` [B, 3, H, W] and `mask` [B, H, W] bool as in `DeformableDETR.forward`, its outputs `logits`
+    and `boxes` as in `Detector`. The class names and the size travel in the file: metadata of ONNX, extra file
+    `detector.json` of the others.
+
+    Args:
+        path: of the file, ending in .onnx or .pt2. to: "onnx", "torch-export" (for `torch.export.load`) or "aoti" (for
+            `torch._inductor.aoti_load_package`; compiled for this machine's CPU).
+        size: (H, W) of the padded images, pixels. class_names: in the order of labels.
+        attention: of ONNX only, see `NODES`.
+    Returns:
+        The path.
+    Raises:
+        ValueError: an argument that does not fit, or a package that is missing; the message names it.
+    """
+    path = Path(path)
+    if to not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    if attention not in NODES:
+        raise ValueError(f"attention: expected one of {', '.join(NODES)}, got {attention!r}")
+    if attention != "plain" and to != "onnx":
+        raise ValueError(f"attention: {attention!r} is for ONNX only, got to={to!r}")
+    if attention != "plain" and model.config.attention != "deformable":
+        raise ValueError(f"attention: {attention!r} needs deformable attention, which plain DETR does not have")
+    if min(size) < 32:
+        raise ValueError(f"size: expected at least 32 x 32 pixels, got {size[0]} x {size[1]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = json.dumps({"classes": class_names, "height": size[0], "width": size[1]})
+    detector = Detector(model).eval()
+    images, mask = torch.zeros(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool)
+    mask[1, :, size[1] // 2 :] = True
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    with torch.no_grad():
+        if to == "onnx":
+            _write_onnx(detector, (images, mask), batch, path, about, attention)
+            return path
+        program = torch.export.export(detector, (images, mask), dynamic_shapes=(batch, batch))
+        if to == "torch-export":
+            torch.export.save(program, path, extra_files={"detector.json": about})
+        else:
+            _compile(program, path, about)
+    return path
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+    options = {"aot_inductor.metadata": {"detector.json": about}}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def _write_onnx(detector, inputs, batch, path: Path, about: str, attention: str) -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ValueError("to: 'onnx' needs the packages onnx and onnxscript (pip install onnx onnxscript)") from None
+    if attention != "plain":
+        detector = copy.deepcopy(detector)
+        for module in detector.modules():
+            if type(module) is MSDeformAttn:
+                module.__class__ = {"tensorrt": _TensorRTAttention, "mmdeploy": _MMDeployAttention}[attention]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        program = torch.onnx.export(
+            detector,
+            inputs,
+            input_names=["images", "mask"],
+            output_names=["logits", "boxes"],
+            dynamic_shapes=(batch, batch),
+            dynamo=True,
+            verbose=False,
+        )
+    program.model.metadata_props["detector"] = about
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
+    program.save(path)
+
+
+class _NodeAttention(MSDeformAttn):
+    """`MSDeformAttn` with everything but the sampling in plain operators."""
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: list[tuple[int, int]],
+        input_level_start_index: None = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        B, Q, _ = query.shape
+        M, L, P = self.n_heads, self.n_levels, self.n_points
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0)
+        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
+        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
+        reference = reference_points[:, :, None, :, None]
+        shapes = torch.tensor(input_spatial_shapes, dtype=torch.int32)
+        if reference.shape[-1] == 2:
+            locations = reference + offsets / shapes.flip(-1)[:, None]
+        else:
+            locations = reference[..., :2] + offsets * (reference[..., 2:] * 0.5 / P)
+        areas = [H * W for H, W in input_spatial_shapes]
+        starts = torch.tensor([sum(areas[:l]) for l in range(L)], dtype=torch.int32)
+        value = value.view(B, input_flatten.shape[1], M, self.d_model // M)
+        shape = (B, Q, *value.shape[2:]) if self.heads_apart else (B, Q, self.d_model)
+        out = torch.onnx.ops.symbolic(
+            self.node, (value, shapes, starts, locations, weights), self.attributes, dtype=value.dtype, shape=shape,
+            version=1,
+        )  # fmt: skip
+        return self.output_proj(out.flatten(2) if self.heads_apart else out)
+
+
+class _TensorRTAttention(_NodeAttention):
+    node, attributes, heads_apart = "trt.plugins::MultiscaleDeformableAttnPlugin_TRT", {"plugin_version": "1"}, True
+
+
+class _MMDeployAttention(_NodeAttention):
+    node, attributes, heads_apart = "mmdeploy::MMCVMultiScaleDeformableAttention", {"im2col_step": 64}, False
