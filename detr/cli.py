@@ -17,6 +17,7 @@ from detr.config import PRESETS, Config, preset
 from detr.data import find_split, load_split, validation_loader
 from detr.engine import Trainer, TrainingError, train
 from detr.evaluate import evaluate, per_class_table
+from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError
 from detr.predict import find_images, predict
 from detr.synth import write_dataset
@@ -113,12 +114,29 @@ def _parser() -> argparse.ArgumentParser:
     prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1 (%(default)s)")
     prediction.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
 
-    export = add("export", _export, "Write the weights of a checkpoint for other code.")
+    export = add("export", _export, "Write the weights of a checkpoint for other code, or the whole model.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     export.add_argument(
-        "--to", choices=("official", "hf"), required=True, help="the original's file, or a Hugging Face folder"
+        "--to",
+        choices=("official", "hf", *FORMATS),
+        required=True,
+        help="weights: the original's file, or a Hugging Face folder; the model: onnx, torch-export (a .pt2 file of "
+        "torch.export), aoti (a .pt2 package that AOTInductor compiles for this CPU)",
     )
     export.add_argument("--out", type=Path, required=True, help="file or folder to write")
+    export.add_argument(
+        "--size",
+        type=_at_least(32),
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the padded images that an exported model takes, pixels (image_size of the config, twice)",
+    )
+    export.add_argument(
+        "--attention",
+        choices=NODES,
+        default="plain",
+        help="in ONNX: plain operators, or one node by the name of TensorRT's or mmdeploy's plugin (%(default)s)",
+    )
     return parser
 
 
@@ -284,9 +302,14 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    model, _, categories = checkpoint.load_model(options.checkpoint, torch.device("cpu"))
+    model, config, categories = checkpoint.load_model(options.checkpoint, torch.device("cpu"))
+    names = list(categories.values())
     try:
-        path = export_weights(model, options.out, options.to, list(categories.values()))
+        if options.to in FORMATS:
+            size = tuple(options.size or (config.image_size, config.image_size))
+            path = export_model(model, options.out, options.to, size, names, options.attention)
+        else:
+            path = export_weights(model, options.out, options.to, names)
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
     print(f"{path}: written")

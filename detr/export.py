@@ -61,6 +61,9 @@ def export_model(
         raise ValueError(f"attention: {attention!r} is for ONNX only, got to={to!r}")
     if attention != "plain" and model.config.attention != "deformable":
         raise ValueError(f"attention: {attention!r} needs deformable attention, which plain DETR does not have")
+    suffix = ".onnx" if to == "onnx" else ".pt2"
+    if path.suffix != suffix:
+        raise ValueError(f"path: expected a name that ends in {suffix} for to={to!r}, got {path}")
     if min(size) < 32:
         raise ValueError(f"size: expected at least 32 x 32 pixels, got {size[0]} x {size[1]}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ class DeformableDETR(nn.Module):
             outputs["proposals"], boxes = self.transformer.propose(memory, self.class_embed[-1], self.bbox_embed[-1])
             queries = self.transformer.proposed_queries(boxes)
         else:
-            queries = self.transformer.learned_queries(self.query_embed.weight, len(images))
+            queries = self.transformer.learned_queries(self.query_embed.weight, images.shape[0])
         hidden, boxes = self.transformer.decoder(*queries, memory, self.bbox_embed)
         first = 0 if self.config.aux_loss else len(hidden) - 1
         predictions = [

@@ -1,8 +1,17 @@
 """ONNX and AOTInductor: what leaves PyTorch consists of plain operators and gives the same numbers."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from attention import oracle
 
+from detr import checkpoint
+from detr.cli import main
+from detr.config import preset
+from detr.model import build_model
 from msda_triton import MSDeformAttn
 
 SHAPES = [(5, 7), (3, 4)]
@@ -53,9 +62,148 @@ def test_exported_program_has_no_operator_of_ours(model_and_inputs):
     torch.testing.assert_close(program.module()(*larger), model(*larger), rtol=1e-5, atol=1e-5)
 
 
-def test_aotinductor(model_and_inputs, tmp_path):
-    model, inputs = model_and_inputs
-    program = torch.export.export(model, inputs)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "attention.pt2"))
-    got = torch._inductor.aoti_load_package(package)(*inputs)
-    torch.testing.assert_close(got, model(*inputs), rtol=1e-4, atol=1e-5)
+SMALL = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 6, "enc_layers": 1, "dec_layers": 1}
+CONFIGS = {
+    # encoder and decoder attend around points
+    "one_stage": preset("tiny", **SMALL, two_stage=False, refine=False, n_levels=2),
+    # the decoder attends in boxes
+    "two_stage": preset("tiny", **SMALL, two_stage=True, refine=True),
+    "decoder": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=True, refine=True, n_levels=2),
+}
+SIZE = (32, 48)
+NAMES = ["cat", "dog", "owl"]
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory):
+    """By name of the config: a checkpoint with random weights, three images of different padding, and the outputs."""
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(1)
+        model = build_model(config, len(NAMES)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        path = tmp_path_factory.mktemp("export") / "best.pt"
+        content = {"config": config.to_dict(), "class_names": NAMES, "category_ids": [3, 5, 9]}
+        checkpoint.save(path, content | {"model": model.state_dict()})
+        images, mask = torch.randn(3, 3, *SIZE), torch.zeros(3, *SIZE, dtype=torch.bool)
+        mask[0, 20:], mask[1, :, 30:] = True, True
+        with torch.no_grad():
+            outputs = model(images, mask)
+        assert outputs["logits"].std() > 0.1 and outputs["boxes"].std() > 0.05
+        made[name] = path, (images, mask), (outputs["logits"], outputs["boxes"])
+    return made
+
+
+def export(checkpoint_path, out, to, *more):
+    size = [str(n) for n in SIZE]
+    assert (
+        main(["export", "--checkpoint", str(checkpoint_path), "--to", to, "--out", str(out), "--size", *size, *more])
+        == 0
+    )
+    return out
+
+
+def assert_outputs(run, inputs, expected):
+    """`run` gives the model's outputs for every number of images."""
+    for count in (1, 2, 3):
+        for got, want in zip(run(*(x[:count] for x in inputs)), expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(got), want[:count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["one_stage", "two_stage"])
+def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
+    path, inputs, expected = detectors[name]
+    extra = {"detector.json": ""}
+    program = torch.export.load(export(path, tmp_path / "model.pt2", "torch-export"), extra_files=extra)
+    assert json.loads(extra["detector.json"]) == {"classes": NAMES, "height": 32, "width": 48}
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("msda" in name or "detr" in name for name in operators)
+    assert_outputs(program.module(), inputs, expected)
+
+
+def test_a_detector_in_onnxruntime(detectors, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the test extra only")
+    path, inputs, expected = detectors["two_stage"]
+    session = onnxruntime.InferenceSession(export(path, tmp_path / "model.onnx", "onnx"))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["detector"])["classes"] == NAMES
+    assert [x.name for x in session.get_outputs()] == ["logits", "boxes"]
+
+    def run(images, mask):
+        return session.run(None, {"images": images.numpy(), "mask": mask.numpy()})
+
+    assert_outputs(run, inputs, expected)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "domain", "name", "config", "count"),
+    [
+        ("tensorrt", "trt.plugins", "MultiscaleDeformableAttnPlugin_TRT", "decoder", 1),
+        ("mmdeploy", "mmdeploy", "MMCVMultiScaleDeformableAttention", "one_stage", 2),
+    ],
+    ids=["tensorrt", "mmdeploy"],
+)
+def test_a_detector_with_the_nodes_of_an_inference_engine(detectors, tmp_path, plugin, domain, name, config, count):
+    """The engine is not here: the reference evaluator runs the graph, with the oracle in the plugin's place."""
+    onnx = pytest.importorskip("onnx", reason="onnx is in the test extra only")
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    seen = []
+
+    def run_node(self, value, shapes, starts, locations, weights, **attributes):
+        seen.append(attributes)
+        assert (shapes.dtype, starts.dtype) == ("int32", "int32")
+        tensors = [torch.from_numpy(x.copy()) for x in (value, locations, weights)]
+        assert starts.tolist() == [sum(H * W for H, W in shapes[:l].tolist()) for l in range(len(shapes))]
+        out = oracle(tensors[0], shapes.tolist(), *tensors[1:]).float()
+        return ((out.unflatten(-1, tensors[0].shape[2:]) if plugin == "tensorrt" else out).numpy().copy(),)
+
+    path, inputs, expected = detectors[config]
+    file = export(path, tmp_path / "model.onnx", "onnx", "--attention", plugin)
+    model = onnx.load(file)
+    assert [n.op_type for n in model.graph.node if n.domain == domain] == [name] * count
+    assert b"/work" not in file.read_bytes() and b"python" not in file.read_bytes()
+    node = type(name, (OpRun,), {"op_domain": domain, "_run": run_node})
+    session = ReferenceEvaluator(model, new_ops=[node])
+    got = session.run(None, {"images": inputs[0][:2].numpy(), "mask": inputs[1][:2].numpy()})
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(x), y[:2], rtol=1e-4, atol=1e-4)
+    assert len(seen) == count and set(seen[0]) == {"plugin_version" if plugin == "tensorrt" else "im2col_step"}
+
+
+def test_a_detector_compiled_by_aotinductor_runs_without_this_package(detectors, tmp_path):
+    path, inputs, expected = detectors["one_stage"]
+    package = export(path, tmp_path / "model.pt2", "aoti")
+    torch.save((inputs, expected), tmp_path / "data.pt")
+    code = """
+import json, sys
+sys.modules["msda_triton"] = sys.modules["detr"] = None  # an import of them would raise
+import torch
+model = torch._inductor.aoti_load_package(sys.argv[1])
+inputs, expected = torch.load(sys.argv[2])
+for count in (1, 2, 3):
+    got = model(*(x[:count].contiguous() for x in inputs))
+    print(max((x - y[:count]).abs().max().item() for x, y in zip(got, expected, strict=True)))
+print(model.get_metadata()["detector.json"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, package, tmp_path / "data.pt"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *errors, about = done.stdout.strip().splitlines()
+    assert len(errors) == 3 and all(float(error) < 1e-4 for error in errors), errors
+    assert json.loads(about)["classes"] == NAMES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "aoti", "--attention", "tensorrt", "--out", "x.pt2"], "attention: 'tensorrt' is for ONNX only"),
+        (["--to", "onnx", "--out", "x.pt"], "path: expected a name that ends in .onnx for to='onnx', got x.pt"),
+    ],
+)
+def test_what_cannot_be_exported(detectors, arguments, message, capsys):
+    assert main(["export", "--checkpoint", str(detectors["decoder"][0]), *arguments]) == 1
+    assert message in capsys.readouterr().err
