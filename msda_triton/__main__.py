@@ -1,4 +1,4 @@
-"""`python -m msda_triton`: versions, devices, the backend that each device gets and why, and a small accuracy check."""
+"""`python -m msda_triton`: versions, devices, the backend of each and why, an accuracy check, what can be patched."""
 
 import importlib.metadata
 import platform
@@ -8,6 +8,7 @@ import torch
 
 import msda_triton
 from msda_triton.functional import TRITON_DEVICES
+from msda_triton.shims.patching import installed_packages
 
 SHAPES = [(12, 9), (6, 5)]
 # largest error allowed against float64, relative to the largest result
@@ -77,6 +78,9 @@ def main() -> int:
             failed += [] if good else [f"{device} {dtype}"]
             errors = f"error forward {forward:.1e}, backward {backward:.1e} (at most {tolerance:.0e})"
             print(f"  {dtype!s:15} {errors}: {'ok' if good else 'WRONG'}")
+    print("packages that msda_triton.patch() can run on these backends:")
+    for package, there in installed_packages():
+        print(f"  {package:30} {there}")
     if failed:
         print(f"Something is wrong on {', '.join(failed)}: use backend='torch' there, and report this output.")
         return 1

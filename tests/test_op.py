@@ -98,7 +98,7 @@ def test_no_graph_waits_for_the_device(device):
 def test_import_needs_neither_triton_nor_the_detector_libraries():
     code = (
         "import sys; sys.modules['triton'] = None; import msda_triton, torch;"
-        "heavy = {'torchvision', 'scipy', 'matplotlib', 'pycocotools', 'detr'} & set(sys.modules);"
+        "heavy = {'torchvision', 'scipy', 'matplotlib', 'pycocotools', 'transformers', 'detr'} & set(sys.modules);"
         "assert not heavy, heavy;"
         "x = torch.rand(1, 3, 1, 1, 1, 2);"
         "print(msda_triton.ms_deform_attn(torch.ones(1, 4, 1, 2), [(2, 2)], x, torch.ones(1, 3, 1, 1, 1)).shape)"
@@ -121,6 +121,7 @@ ARROWS = {
     "functional": {"op", "reference"},
     "module": {"functional"},
 }
+SHIMS = sorted(path.stem for path in (ROOT / "msda_triton" / "shims").glob("*.py"))
 
 
 def imports(path):
@@ -147,6 +148,17 @@ def test_arrows_of_the_house(name):
         assert not (name in ("reference", "bags", "fallback", "op", "functional", "module") and package == "triton"), (
             imported
         )
+
+
+@pytest.mark.parametrize("name", SHIMS)
+def test_arrows_of_the_shims(name):
+    """They see the public functions and each other, and nothing of the packages that they stand in for."""
+    for imported, _ in imports(ROOT / "msda_triton" / "shims" / f"{name}.py"):
+        package, *rest = imported.split(".")
+        if package == "msda_triton":
+            assert not rest or rest[0] in ("functional", "module", "shims"), imported
+        else:
+            assert package == "torch" or package in sys.stdlib_module_names, imported
 
 
 def test_the_detector_uses_public_names_only():

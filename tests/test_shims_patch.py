@@ -13,6 +13,7 @@ import torch
 from attention import gradients, make_inputs, oracle, oracle_gradients
 
 import msda_triton
+from msda_triton import __main__
 from msda_triton.shims import deformable_detr, mmcv, patching, rtdetr
 
 SHAPES, STARTS = [(3, 5), (2, 3)], [0, 15]
@@ -365,8 +366,12 @@ def test_our_own_names_are_never_replaced(install):
     assert not any("msda_triton" in row.entry_point or "standin_user" in row.entry_point for row in patch.rows)
 
 
-def test_the_table_of_what_can_be_patched(install):
+def test_the_table_of_what_can_be_patched(install, capsys):
     install(shim_packages.TMDA)
-    table = {name: there for name, _, there in patching.installed_packages()}
-    assert table["torch_ms_deform_attn"] and not table["mmcv"] and not table[EXTENSION]
+    assert __main__.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = dict(line.split(maxsplit=1) for line in lines if line.startswith("  ") and "torch." not in line)
+    assert table["torch_ms_deform_attn"].endswith("can be patched") and table["mmcv"] == "not installed"
+    assert table[EXTENSION] == "not compiled, can be stood in for"
     assert {"transformers", "mmcv", "detrex", "groundingdino", "rfdetr", "DCNv4"} < table.keys()
+    assert "torch_ms_deform_attn" not in sys.modules

@@ -150,9 +150,12 @@ def unpatch() -> None:
         _active[-1].undo()
 
 
-def installed_packages() -> list[tuple[str, str, bool]]:
-    """Name and version ("" if unknown) of each package that `patch` knows, and whether it is installed or imported."""
-    return [(name, _version(name), _is_there(name)) for name in (*PACKAGES, "MultiScaleDeformableAttention")]
+def installed_packages() -> list[tuple[str, str]]:
+    """Each package that `patch` knows, and whether it is installed and in which version. Imports none of them."""
+    found = [(name, f"{_version(name)}, can be patched" if _is_there(name) else "not installed") for name in PACKAGES]
+    extension = "MultiScaleDeformableAttention"
+    there = "compiled, can be patched" if _is_there(extension) else "not compiled, can be stood in for"
+    return [*found, (extension, there)]
 
 
 def _import(result: Patch, name: str, asked: bool) -> None:
