@@ -27,6 +27,7 @@ def overheads() -> dict[str, float]:
     v, x, a = torch.rand(B, 30, M, D), torch.rand(B, Q, M, L, P, 2), torch.rand(B, Q, M, L, P)
     shapes, starts, out = torch.tensor(SHAPES), torch.tensor([0, 24]), torch.rand(B, Q, M * D)
     flat_x, flat_a = x.flatten(3, 4), a.flatten(3)
+    packed = torch.cat([x.flatten(3), flat_a], -1)
     tokens_last = v.permute(0, 2, 3, 1).contiguous()
     layer = shim.MultiScaleDeformableAttention()
     calls = {
@@ -63,9 +64,7 @@ def overheads() -> dict[str, float]:
         ),
         "DCNv4, with its softmax": (
             dcnv4,
-            lambda packed=torch.cat([x.flatten(3), a.flatten(3)], -1): dcnv4.FlashDeformAttnFunction.apply(
-                v, shapes, starts, packed, 64, P
-            ),
+            lambda: dcnv4.FlashDeformAttnFunction.apply(v, shapes, starts, packed, 64, P),
         ),
     }
 

@@ -11,9 +11,8 @@ if not torch.cuda.is_available():
 import pytest
 
 # transformers 5 needs Python 3.11; the rest of the suite does not
-collect_ignore = (
-    [] if importlib.util.find_spec("transformers") else ["test_detr_weights.py", "test_shims_transformers.py"]
-)
+NEED_TRANSFORMERS = ["test_detr_weights.py", "test_shims_transformers.py"]
+collect_ignore = [] if importlib.util.find_spec("transformers") else NEED_TRANSFORMERS
 
 
 def pytest_report_header() -> list[str]:

@@ -39,7 +39,8 @@ def calls(monkeypatch) -> list[tuple]:
 
 def results(model: PreTrainedModel, name: str, images: int = 2) -> tuple[dict, dict]:
     """Every tensor that the model returns, and the gradient of every parameter for a weighted sum of them."""
-    out = model(**{key: x[:images] for key, x in hf_models.inputs(name).items()})
+    arguments = hf_models.inputs(name)
+    out = model(**(arguments if images == 2 else {key: x[:images] for key, x in arguments.items()}))
     tensors = {key: x for key, x in out.items() if torch.is_tensor(x) and x.is_floating_point()}
     loss, finite = 0, torch.finfo(torch.float32).max / 2
     for x in tensors.values():

@@ -37,29 +37,31 @@ def ms_deform_attn_core_pytorch(
         sampling_locations = sampling_locations.flatten(3, 4)
     if attention_weights.dim() == 5:
         attention_weights = attention_weights.flatten(3, 4)
-    L, K = len(shapes), attention_weights.shape[-1]
-    if sampling_locations.dim() != 5 or K % L:
+    layout = sampling_locations.shape  # [B, Q, M, K, 2]
+    L = len(shapes)
+    if len(layout) != 5 or layout[3] % L:
         raise ValueError(
             f"sampling_locations: expected [B, Q, M, L, P, 2] or [B, Q, M, L * P, 2] with L = {L}, "
-            f"got shape {tuple(sampling_locations.shape)} for attention_weights {tuple(attention_weights.shape)}"
+            f"got shape {tuple(layout)} with its levels and points joined"
         )
-    if _tokens_last(value, shapes, sampling_locations.shape[2]):
+    if _tokens_last(value, shapes, layout[2]):
         value = value.permute(0, 3, 1, 2)
-    return ms_deform_attn(value, shapes, sampling_locations, attention_weights, num_points=[K // L] * L)
+    return ms_deform_attn(value, shapes, sampling_locations, attention_weights, num_points=[layout[3] // L] * L)
 
 
 def _tokens_last(value: Tensor, shapes: Shapes, M: int) -> bool:
     """Whether value is [B, M, D, S] and not [B, S, M, D]."""
-    if value.dim() != 4:
-        raise ValueError(f"value: expected [B, S, M, D] or [B, M, D, S], got shape {tuple(value.shape)}")
-    first, last = value.shape[2] == M, value.shape[1] == M
+    layout = value.shape
+    if len(layout) != 4:
+        raise ValueError(f"value: expected [B, S, M, D] or [B, M, D, S], got shape {tuple(layout)}")
+    first, last = layout[2] == M, layout[1] == M
     if first and last:  # the heads do not tell; as in the original the sizes are read from the device if they are there
         sizes = shapes.tolist() if isinstance(shapes, Tensor) else shapes
         S = sum(H * W for H, W in sizes)
-        first, last = value.shape[1] == S, value.shape[3] == S
+        first, last = layout[1] == S, layout[3] == S
     if first == last:
         raise ValueError(
-            f"value: expected one of [B, S, M, D] and [B, M, D, S] for M = {M} heads, got shape {tuple(value.shape)}, "
+            f"value: expected one of [B, S, M, D] and [B, M, D, S] for M = {M} heads, got shape {tuple(layout)}, "
             f"which is {'both' if first else 'neither'}"
         )
     return last
