@@ -80,9 +80,10 @@ def test_a_patched_model_computes_the_same(builder, calls):
     before = results(model, name)
     assert not calls
     with msda_triton.patch("transformers"):
+        calls.clear()  # those by which patch() compared
         after = results(model, name)
+        assert len(calls) in (1, 2, 3)  # a call for each layer
         built_later = results(hf_models.build(builder), name)
-    assert calls and all(len(shape) == 4 for shape in calls)
     assert_same(before, after)
     assert_same(before, built_later)
     # the attention matters to the result, or equality would say little
@@ -105,9 +106,9 @@ def test_a_patched_model_computes_the_same(builder, calls):
 def test_a_patched_model_on_the_kernels(name, small, monkeypatch):
     model = hf_models.build(functools.partial(getattr(hf_models, name), **small))
     before = results(model, name, images=1)
-    kernels = functools.partial(msda_triton.ms_deform_attn, backend="triton")
-    monkeypatch.setattr(shim, "ms_deform_attn", kernels)
     with msda_triton.patch("transformers"):
+        kernels = functools.partial(msda_triton.ms_deform_attn, backend="triton")
+        monkeypatch.setattr(shim, "ms_deform_attn", kernels)
         assert_same(before, results(model, name, images=1))
 
 

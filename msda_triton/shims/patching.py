@@ -313,7 +313,7 @@ def _same_numbers(original: Any, entries: list[EntryPoint]) -> Any:
     results, error = {}, None
     for layout in itertools.product(entry.layouts.split(), (False, True)):
         try:
-            with torch.no_grad(), torch.device("cpu"):
+            with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
                 results[layout] = original(*small_call(*layout))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NameError) as caught:
             error = error or caught  # of another layout: one of them must run
