@@ -21,7 +21,7 @@ from msda_triton.shims import transformers as shim
 SHAPES = [(4, 6), (2, 3)]
 
 
-def overheads() -> dict[str, float]:
+def overheads(number: int = 5000) -> dict[str, float]:
     """Microseconds that each stand-in adds to the operator, with the operator replaced by one that returns at once."""
     B, Q, M, D, L, P = 1, 10, 2, 4, 2, 2
     v, x, a = torch.rand(B, 30, M, D), torch.rand(B, Q, M, L, P, 2), torch.rand(B, Q, M, L, P)
@@ -71,21 +71,21 @@ def overheads() -> dict[str, float]:
     def operator(*_args, **_kwargs):
         return out
 
-    base = _microseconds(lambda: operator(v, shapes, x, a, level_start_index=starts))
+    base = _microseconds(lambda: operator(v, shapes, x, a, level_start_index=starts), number)
     costs = {}
     for name, (module, call) in calls.items():
         original, module.ms_deform_attn = module.ms_deform_attn, operator
         try:
-            costs[name] = _microseconds(call) - base
+            costs[name] = _microseconds(call, number) - base
         finally:
             module.ms_deform_attn = original
     costs["(the operator itself, on the CPU)"] = _microseconds(
-        lambda: msda_triton.ms_deform_attn(v, shapes, x, a, level_start_index=starts), number=500
+        lambda: msda_triton.ms_deform_attn(v, shapes, x, a, level_start_index=starts), max(1, number // 10)
     )
     return costs
 
 
-def _microseconds(call: Callable, number: int = 5000) -> float:
+def _microseconds(call: Callable, number: int) -> float:
     return min(timeit.repeat(call, number=number, repeat=7, timer=time.process_time)) / number * 1e6
 
 

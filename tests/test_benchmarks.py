@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_op, gate, providers, report, run
+from benchmarks import bench_op, gate, providers, report, run, shim_coverage, shim_speed
 from benchmarks.bench_op import Row
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, make_inputs
@@ -249,3 +249,17 @@ def test_run_refuses_what_cannot_run_here(monkeypatch, capsys):
 def test_on_gpu_script_refuses_unknown_arguments():
     done = subprocess.run(["bash", ROOT / "benchmarks/on_gpu.sh", "--fast"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "usage: benchmarks/on_gpu.sh [--dry-run]\n"
+
+
+def test_the_cost_of_every_stand_in_is_counted():
+    costs = shim_speed.overheads(number=2)
+    assert len(costs) >= 12 and all(isinstance(cost, float) for cost in costs.values())
+    # the operator is back in its place
+    assert shim_speed.shim.ms_deform_attn is shim_speed.msda_triton.functional.ms_deform_attn
+
+
+def test_the_table_of_entry_points():
+    collector = shim_coverage.Collector()
+    collector.tests.update({"b": ["tests/t.py::one[x]", "tests/t.py::one[y]"], "a": ["tests/u.py::two"]})
+    collector.results.update({"tests/t.py::one[x]": "passed", "tests/t.py::one[y]": "failed"})
+    assert collector.table().splitlines()[2:] == ["| a | u.py::two | not run |", "| b | t.py::one | failed, passed |"]

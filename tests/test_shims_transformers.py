@@ -1,6 +1,8 @@
 """Hugging Face models before and after `patch("transformers")`: outputs, gradients, graphs."""
 
 import functools
+import re
+from pathlib import Path
 
 import hf_models
 import pytest
@@ -196,3 +198,14 @@ def test_the_layer_repository_of_package_kernels(mode, monkeypatch, calls):
     with msda_triton.patch("transformers") as patch:
         own = [row.why for row in patch.rows if not row.replaced and "rt_detr.modeling_rt_detr" in row.entry_point]
     assert len(own) == 1 and "has a forward of its own" in own[0]
+
+
+def test_the_code_of_the_docs_runs(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "drop-in.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2 and capsys.readouterr().out.count(" replaced: ") == 15
+    path, layer = names["kernel_mapping"]["MultiScaleDeformableAttention"]["cuda"].split(":")
+    assert (Path(path) / "build" / "torch-universal" / "metadata.json").is_file() and hasattr(shim, layer)
