@@ -39,8 +39,8 @@ def export_model(
     """Write the model for images of one size and any number of them.
 
     Its inputs are `images` [B, 3, H, W] and `mask` [B, H, W] bool as in `DeformableDETR.forward`, its outputs `logits`
-    and `boxes` as in `Detector`. The class names and the size travel in the file: metadata of ONNX, extra file
-    `detector.json` of the others.
+    and `boxes` as in `Detector`. The class names and the size travel in the file as json: metadata `detector` of ONNX,
+    extra file or metadata `detector.json` of the others.
 
     Args:
         path: of the file, ending in .onnx or .pt2. to: "onnx", "torch-export" (for `torch.export.load`) or "aoti" (for
@@ -61,6 +61,8 @@ def export_model(
         raise ValueError(f"attention: {attention!r} is for ONNX only, got to={to!r}")
     if attention != "plain" and model.config.attention != "deformable":
         raise ValueError(f"attention: {attention!r} needs deformable attention, which plain DETR does not have")
+    if attention != "plain" and not hasattr(torch.onnx, "ops"):
+        raise ValueError(f"attention: {attention!r} needs torch 2.8 or newer, got {torch.__version__}")
     suffix = ".onnx" if to == "onnx" else ".pt2"
     if path.suffix != suffix:
         raise ValueError(f"path: expected a name that ends in {suffix} for to={to!r}, got {path}")
@@ -85,6 +87,13 @@ def export_model(
 
 
 def _compile(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ValueError("to: 'aoti' needs a C++ compiler (g++, or what CXX names), and found none") from None
     options = {"aot_inductor.metadata": {"detector.json": about}}
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
