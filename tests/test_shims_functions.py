@@ -264,6 +264,12 @@ WRONG = {
     "three-dimensional sizes only": lambda v, x, a: c_extension.ms_deform_attn_forward(
         v, torch.tensor([[3, 5, 1], [2, 3, 1]]), starts, x, a, 64
     ),
+    "a gradient of another shape": lambda v, x, a: c_extension.ms_deform_attn_backward(
+        v, shapes, starts, x, a, torch.zeros(B, Q, M, D), 64
+    ),
+    "weights of another shape, backward": lambda v, x, a: c_extension.ms_deform_attn_backward(
+        v, shapes, starts, x, a[:, 1:], torch.zeros(B, Q, M * D), 64
+    ),
     "heads last": lambda v, x, a: deformable_detr.MSDeformAttnFunction.apply(
         v.transpose(2, 3), shapes, starts, x, a, 64
     ),
