@@ -31,11 +31,11 @@ def {name}(value, value_spatial_shapes, sampling_locations, attention_weights):
     return oracle(value, value_spatial_shapes, sampling_locations, attention_weights)
 """
 DEFORMABLE_DETR = {
-    "standin_detr/ops/functions.py": FUNCTION.format(
+    "models/ops/functions.py": FUNCTION.format(
         name="MSDeformAttnFunction", extension="MSDA", imports="import MultiScaleDeformableAttention as MSDA"
     )
     + CORE.format(name="ms_deform_attn_core_pytorch"),
-    "standin_detr/ops/modules.py": "from standin_detr.ops.functions import MSDeformAttnFunction",
+    "models/ops/modules.py": "from models.ops.functions import MSDeformAttnFunction",
 }
 GROUNDINGDINO = {
     "groundingdino/models/GroundingDINO/ms_deform_attn.py": FUNCTION.format(
@@ -77,7 +77,7 @@ class MultiScaleDeformableAttnFunction(Function):
         return grads[0], None, None, grads[1], grads[2], None
 """
     + CORE.format(name="multi_scale_deformable_attn_pytorch"),
-    "standin_bevformer/modules.py": """
+    "projects/mmdet3d_plugin/modules.py": """
 import torch
 from torch.amp import custom_fwd
 from torch.autograd.function import Function
@@ -99,7 +99,7 @@ class MultiScaleDeformableAttnFunction_fp32(Function):
 """,
 }
 RT_DETR = {
-    "standin_rtdetr/zoo/utils.py": CORE.format(name="deformable_attention_core_func")
+    "src/zoo/rtdetr/utils.py": CORE.format(name="deformable_attention_core_func")
     + """
 import torch
 
@@ -120,7 +120,7 @@ def deformable_attention_core_func_v2(value, value_spatial_shapes, sampling_loca
         out = out + (v[b, token, m] * a[..., None]).sum(3).flatten(2)
     return out
 """,
-    "standin_rtdetr/zoo/decoder.py": """
+    "src/zoo/rtdetr/decoder.py": """
 import functools
 from torch import nn
 from .utils import deformable_attention_core_func, deformable_attention_core_func_v2
@@ -136,9 +136,9 @@ class MSDeformableAttention(nn.Module):
 """,
 }
 D_FINE = {
-    "standin_dfine/utils.py": """
+    "src/zoo/dfine/utils.py": """
 import torch
-from standin_rtdetr.zoo.utils import deformable_attention_core_func_v2 as by_tensor
+from src.zoo.rtdetr.utils import deformable_attention_core_func_v2 as by_tensor
 
 def deformable_attention_core_func_v2(value, value_spatial_shapes, sampling_locations, attention_weights,
                                       num_points_list, method="default"):
@@ -146,9 +146,9 @@ def deformable_attention_core_func_v2(value, value_spatial_shapes, sampling_loca
     joined = torch.cat(value, -1).permute(0, 3, 1, 2)
     return by_tensor(joined, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method)
 """,
-    "standin_deim/utils.py": """
+    "engine/deim/utils.py": """
 import torch
-from standin_rtdetr.zoo.utils import deformable_attention_core_func_v2 as by_tensor
+from src.zoo.rtdetr.utils import deformable_attention_core_func_v2 as by_tensor
 
 def deformable_attention_core_func_v2(value, value_spatial_shapes, sampling_locations, attention_weights,
                                       num_points_list, method="default", value_shape="default"):

@@ -3,8 +3,10 @@
 import functools
 import gc
 import importlib
+import importlib.util
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -92,9 +94,9 @@ def snapshot() -> dict:
 def test_a_repository_that_was_never_compiled_runs(install):
     install(shim_packages.DEFORMABLE_DETR)
     with pytest.raises(ModuleNotFoundError, match=EXTENSION):
-        importlib.import_module("standin_detr.ops.functions")
+        importlib.import_module("models.ops.functions")
     with msda_triton.patch("c_extension") as patch:
-        functions = importlib.import_module("standin_detr.ops.functions")
+        functions = importlib.import_module("models.ops.functions")
         assert_oracle(six(functions.MSDeformAttnFunction))
         with pytest.raises(NotImplementedError, match="dcnv3_forward: not compiled"):
             sys.modules[EXTENSION].dcnv3_forward()
@@ -106,23 +108,23 @@ def test_a_repository_that_was_never_compiled_runs(install):
 def test_an_autograd_function_and_its_copies(install):
     install(shim_packages.DEFORMABLE_DETR)
     with msda_triton.patch("c_extension"):
-        functions = importlib.import_module("standin_detr.ops.functions")
-        modules = importlib.import_module("standin_detr.ops.modules")
+        functions = importlib.import_module("models.ops.functions")
+        modules = importlib.import_module("models.ops.modules")
     original = functions.MSDeformAttnFunction
     before = snapshot()
-    with msda_triton.patch("standin_detr.ops") as patch:
+    with msda_triton.patch("models.ops") as patch:
         assert modules.MSDeformAttnFunction is functions.MSDeformAttnFunction is deformable_detr.MSDeformAttnFunction
         assert_oracle(six(modules.MSDeformAttnFunction))
         assert_oracle(four(functions.ms_deform_attn_core_pytorch))
     assert replaced(patch) == {
-        "standin_detr.ops.functions.MSDeformAttnFunction", "standin_detr.ops.functions.ms_deform_attn_core_pytorch"
+        "models.ops.functions.MSDeformAttnFunction", "models.ops.functions.ms_deform_attn_core_pytorch"
     }  # fmt: skip
     assert "MSDeformAttnFunction         replaced: in 2 modules" in str(patch)
     assert modules.MSDeformAttnFunction is original
     assert_same_snapshot(before)
 
     # graphs look the function up by name, and see one operator in its place
-    with msda_triton.patch("standin_detr.ops"):
+    with msda_triton.patch("models.ops"):
         call = lambda v, x, a: modules.MSDeformAttnFunction.apply(v, shapes, starts, x, a, 64)  # noqa: E731
         assert_oracle(torch.compile(call, fullgraph=True, backend="aot_eager"))
 
@@ -187,9 +189,9 @@ def test_mmcv_and_what_imports_from_it(install):
         assert_oracle(four(module.multi_scale_deformable_attn_pytorch))
         with pytest.raises(NotImplementedError, match=r"mmcv\._ext\.nms: not compiled"):
             module.ext_module.nms()
-        bevformer = importlib.import_module("standin_bevformer.modules")
+        bevformer = importlib.import_module("projects.mmdet3d_plugin.modules")
         assert bevformer.multi_scale_deformable_attn_pytorch is mmcv.multi_scale_deformable_attn_pytorch
-        with msda_triton.patch("standin_bevformer"):
+        with msda_triton.patch("projects.mmdet3d_plugin"):
             assert_oracle(six(bevformer.MultiScaleDeformableAttnFunction_fp32))
             assert_oracle(six(bevformer.MultiScaleDeformableAttnFunction_fp16))
     assert {"mmcv._ext", "mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction"} <= replaced(patch)
@@ -207,7 +209,7 @@ def test_mmcv_and_what_imports_from_it(install):
 )
 def test_a_captured_function_is_replaced_in_the_models_that_exist(install, name):
     install(shim_packages.RT_DETR)
-    decoder = importlib.import_module("standin_rtdetr.zoo.decoder")
+    decoder = importlib.import_module("src.zoo.rtdetr.decoder")
     model = torch.nn.Sequential(decoder.MSDeformableAttention(name), torch.nn.Identity())
     captured, original = model[0].ms_deformable_attn_core, model[0].first_version
     value, locations, weights = inputs()
@@ -215,7 +217,7 @@ def test_a_captured_function_is_replaced_in_the_models_that_exist(install, name)
     expected = model[0](*arguments).double()
     elsewhere = functools.partial(original)
     before = snapshot()
-    with msda_triton.patch("standin_rtdetr") as patch:
+    with msda_triton.patch("src.zoo.rtdetr") as patch:
         assert model[0].ms_deformable_attn_core.func is rtdetr.deformable_attention_core_func_v2
         assert model[0].ms_deformable_attn_core.keywords == {"method": name}
         assert model[0].first_version is decoder.deformable_attention_core_func is not original
@@ -235,14 +237,14 @@ def test_a_captured_function_is_replaced_in_the_models_that_exist(install, name)
 @pytest.mark.entry_point("DEIM: value_shape")
 def test_d_fine_and_deim(install):
     install(shim_packages.RT_DETR, shim_packages.D_FINE)
-    fine, deim = (importlib.import_module(f"{name}.utils") for name in ("standin_dfine", "standin_deim"))
+    fine, deim = (importlib.import_module(f"{name}.utils") for name in ("src.zoo.dfine", "engine.deim"))
     value, locations, weights = inputs()
     levels = value.permute(0, 2, 3, 1).split([15, 6], -1)
     rest = SHAPES, locations.flatten(3, 4)[:, :, :, :3], weights.flatten(3)[..., :3], [2, 1]
     for method in ("default", "discrete"):
         expected = fine.deformable_attention_core_func_v2(levels, *rest, method)
-        with msda_triton.patch("standin_dfine", "standin_deim") as patch:
-            assert len(replaced(patch)) == 2
+        with msda_triton.patch("src.zoo.dfine"), msda_triton.patch("engine") as patch:
+            assert replaced(patch) == {"engine.deim.utils.deformable_attention_core_func_v2"}
             for got in (
                 fine.deformable_attention_core_func_v2(levels, *rest, method),
                 deim.deformable_attention_core_func_v2(levels, *rest, method),
@@ -335,10 +337,10 @@ def test_names_that_are_not_there_are_errors_and_change_nothing(install):
 
 def test_patches_nest_and_errors_undo_them(install):
     install(shim_packages.RT_DETR)
-    utils = importlib.import_module("standin_rtdetr.zoo.utils")
+    utils = importlib.import_module("src.zoo.rtdetr.utils")
     original = utils.deformable_attention_core_func
-    outer = msda_triton.patch("standin_rtdetr")
-    with pytest.raises(KeyError), msda_triton.patch("standin_rtdetr") as inner:
+    outer = msda_triton.patch("src.zoo.rtdetr")
+    with pytest.raises(KeyError), msda_triton.patch("src.zoo.rtdetr") as inner:
         assert not replaced(inner) and "an earlier patch() replaced it" in str(inner)
         raise KeyError
     assert utils.deformable_attention_core_func is rtdetr.deformable_attention_core_func
@@ -350,8 +352,8 @@ def test_patches_nest_and_errors_undo_them(install):
 
 def test_somebody_elses_replacement_stays(install):
     install(shim_packages.RT_DETR)
-    utils = importlib.import_module("standin_rtdetr.zoo.utils")
-    msda_triton.patch("standin_rtdetr")
+    utils = importlib.import_module("src.zoo.rtdetr.utils")
+    msda_triton.patch("src.zoo.rtdetr")
     utils.deformable_attention_core_func = "theirs"
     msda_triton.unpatch()
     assert utils.deformable_attention_core_func == "theirs"
@@ -375,3 +377,25 @@ def test_the_table_of_what_can_be_patched(install, capsys):
     assert table[EXTENSION] == "not compiled, can be stood in for"
     assert {"transformers", "mmcv", "detrex", "groundingdino", "rfdetr", "DCNv4"} < table.keys()
     assert "torch_ms_deform_attn" not in sys.modules
+
+
+def test_every_line_of_the_docs(install):
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "drop-in.md").read_text() + (root / "README.md").read_text()
+    names = set(re.findall(r'patch\("([^"]+)"\)', text))
+    assert len(names) >= 12
+    if importlib.util.find_spec("transformers") is None:  # from Python 3.11 on
+        names.remove("transformers")
+    packages = ("DEFORMABLE_DETR", "GROUNDINGDINO", "DETREX", "MMCV", "RT_DETR", "D_FINE", "RFDETR", "TMDA", "DCNV4")
+    install(*(getattr(shim_packages, name) for name in packages))
+    with msda_triton.patch("c_extension", "mmcv"):  # what is imported here was never compiled
+        for name in (
+            "models.ops.functions",
+            "projects.mmdet3d_plugin.modules",
+            "src.zoo.dfine.utils",
+            "engine.deim.utils",
+        ):
+            importlib.import_module(name)
+    for name in sorted(names):
+        with msda_triton.patch(name) as patch:
+            assert replaced(patch), name
