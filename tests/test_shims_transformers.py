@@ -209,3 +209,29 @@ def test_the_code_of_the_docs_runs(capsys):
     assert len(blocks) == 2 and capsys.readouterr().out.count(" replaced: ") == 15
     path, layer = names["kernel_mapping"]["MultiScaleDeformableAttention"]["cuda"].split(":")
     assert (Path(path) / "build" / "torch-universal" / "metadata.json").is_file() and hasattr(shim, layer)
+
+
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine", "mask2former"])
+def test_a_patched_model_in_half_precision(name, calls):
+    """Under autocast, and with its weights in bfloat16: as close to float32 as the unpatched model is, or closer."""
+    model = hf_models.build(getattr(hf_models, name))
+    arguments = hf_models.inputs(name)
+    first = "logits" if "detr" in name or name == "d_fine" else "class_queries_logits"
+
+    def error(convert, **inputs):
+        with torch.no_grad(), convert:
+            return (model(**inputs)[first].float() - exact).abs().max().item()
+
+    with torch.no_grad():
+        exact = model(**arguments)[first]
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    unpatched = error(autocast, **arguments)
+    with msda_triton.patch("transformers"):
+        calls.clear()
+        patched = error(autocast, **arguments)
+        assert calls
+        model.bfloat16()
+        halved = {key: x.bfloat16() if x.is_floating_point() else x for key, x in arguments.items()}
+        lowest = error(torch.autocast("cpu", enabled=False), **halved)
+    print(f"{name}: autocast {unpatched:.1e} unpatched, {patched:.1e} patched; bfloat16 weights {lowest:.1e}")
+    assert 0 < patched <= 2 * unpatched and lowest < 0.3 * exact.abs().max()
