@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_op, gate, providers, report, run, shim_coverage, shim_speed
+from benchmarks import bench_op, gate, memory, providers, report, run, shim_coverage, shim_speed
 from benchmarks.bench_op import Row
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, make_inputs
@@ -263,3 +263,12 @@ def test_the_table_of_entry_points():
     collector.tests.update({"b": ["tests/t.py::one[x]", "tests/t.py::one[y]"], "a": ["tests/u.py::two"]})
     collector.results.update({"tests/t.py::one[x]": "passed", "tests/t.py::one[y]": "failed"})
     assert collector.table().splitlines()[2:] == ["| a | u.py::two | not run |", "| b | t.py::one | failed, passed |"]
+
+
+def test_the_fused_operator_keeps_at_most_two_thirds_for_its_backward():
+    B, S, Q, M, D, K = 2, 22223, 22223, 8, 32, 16
+    points, mask = 4 * B * Q * 4 * 2, B * S
+    assert memory.saved_bytes(memory.fused) == pytest.approx(
+        2 * B * (S * M * D + Q * M * K * 3) + points + mask, abs=1e3
+    )
+    assert memory.saved_bytes(memory.fused) <= 0.65 * memory.saved_bytes(memory.unfused)
