@@ -155,6 +155,13 @@ def corner_bags(locations: Tensor, attn: Tensor, levels: Levels, with_slope: boo
     return rows.view(-1, attn.shape[-1]), weights.view(-1, attn.shape[-1]), samples
 
 
+def sum_bags(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """The weighted sum of the rows of each bag: [bags, D] for rows and weights [bags, K]."""
+    offsets = torch.arange(0, rows.numel(), rows.shape[1], dtype=rows.dtype)
+    # F.embedding_bag checks its arguments for as long as a small call takes
+    return torch.embedding_bag(table, rows.view(-1), offsets, False, 0, False, weights.view(-1))[0]
+
+
 def dense_gradients(
     rows: Tensor, weights: Tensor, grad: Tensor, value: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:

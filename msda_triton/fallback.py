@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from msda_triton import bags
@@ -84,8 +83,7 @@ def run_forward(
     outs = []
     for locations, attn in _query_chunks(queries, sampling_locations, attention_weights):
         rows, weights, _ = stages.bags(locations.to(dtype), attn.to(dtype), levels, False)
-        corners = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-        outs.append(corners.view(4, B, -1, M * D).sum(0))
+        outs.append(bags.sum_bags(rows, weights, table).view(4, B, -1, M * D).sum(0))
     out = _cat(outs, 1)
     return out.to(value.dtype) if _is_finite(out) else ms_deform_attn_reference(*inputs)
 
@@ -171,6 +169,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _query_chunks(queries: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The tensors [B, Q, ...] in runs of that many queries, or of one."""
+    if queries >= tensors[0].shape[1]:
+        return [tensors]
     return list(zip(*(t.split(max(queries, 1), 1) for t in tensors), strict=True))
 
 

@@ -5,11 +5,12 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from msda_triton.op import Attention, AttentionBackward, locations_and_weights, reference_attention
+from msda_triton.op import AttentionBackward, attention, locations_and_weights, reference_attention
 
 BACKENDS = ("auto", "triton", "torch", "inductor")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -192,7 +193,7 @@ def _attend(value, shapes, starts, locations, weights, reference, mask, num_poin
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     backend = _backend(value, backend)
     if backend == "triton":
-        return Attention.apply(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
+        return attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
     if torch.compiler.is_exporting():
         # plain operators, which ONNX, AOTInductor and other runtimes know
         return reference_attention(value, shapes, starts, locations, weights, reference, mask, num_points, method)
@@ -200,7 +201,7 @@ def _attend(value, shapes, starts, locations, weights, reference, mask, num_poin
         locations, weights = locations_and_weights(shapes, locations, weights, reference, num_points)
     if mask is not None:
         value = value.masked_fill(mask[:, :, None, None], 0)
-    return Attention.apply(value, shapes, starts, locations, weights, None, None, num_points, method, backend)
+    return attention(value, shapes, starts, locations, weights, None, None, num_points, method, backend)
 
 
 def _raise_shape(name: str, expected, got: Tensor):
@@ -250,13 +251,27 @@ def _check_samples(
 
 def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> tuple[Tensor, Tensor | None]:
     """Level sizes and starts as tensors on value's device, checked against S where the host knows them."""
-    shapes, sizes = _integers("spatial_shapes", spatial_shapes, (L, 2), value.device)
+    S, device = value.shape[1], value.device
+    if level_start_index is None and isinstance(spatial_shapes, list | tuple) and not torch.compiler.is_compiling():
+        key = tuple(spatial_shapes)
+        if all(type(row) is tuple for row in key):
+            return _listed_levels(key, S, L, device), None
+    return _checked_levels(spatial_shapes, level_start_index, S, L, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _listed_levels(spatial_shapes: tuple[tuple[int, int], ...], S: int, L: int, device: torch.device) -> Tensor:
+    """The sizes, checked once."""
+    return _checked_levels(spatial_shapes, None, S, L, device)[0]
+
+
+def _checked_levels(spatial_shapes, level_start_index, S: int, L: int, device) -> tuple[Tensor, Tensor | None]:
+    shapes, sizes = _integers("spatial_shapes", spatial_shapes, (L, 2), device)
     if level_start_index is None:
         starts, first = None, None
     else:
-        starts, first = _integers("level_start_index", level_start_index, (L,), value.device)
+        starts, first = _integers("level_start_index", level_start_index, (L,), device)
     if sizes is not None and (starts is None or first is not None):
-        S = value.shape[1]
         tokens = [h * w for h, w in sizes]
         if starts is None:
             if sum(tokens) != S:
@@ -287,6 +302,9 @@ def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tup
         lengths = [len(row) for row in values if isinstance(row, tuple)]
         if len(values) != shape[0] or (len(shape) == 2 and lengths != [2] * shape[0]):
             raise ValueError(f"{name}: expected {' x '.join(map(str, shape))} integers, got {x!r}")
+        numbers = [n for row in values for n in row] if len(shape) == 2 else values
+        if not all(isinstance(n, Integral | torch.SymInt) for n in numbers):
+            raise TypeError(f"{name}: expected integers, got {x!r}")
     values = tuple(tuple(row) for row in values) if len(shape) == 2 else tuple(values)
     if not isinstance(x, Tensor) or x.device != device:
         make = _new_constant if torch.compiler.is_compiling() else _constant

@@ -76,10 +76,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend):
         ctx.save_for_backward(value, shapes, starts, locations, weights, reference, mask)
         ctx.options = num_points, method, backend
-        if backend == "triton":
-            return _forward_op(value, shapes, starts, locations, weights, num_points, method, reference, mask)
-        run = inductor_forward if backend == "inductor" else fallback_forward
-        return run(value, shapes, starts, locations, weights, num_points, method)
+        return _result(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -124,6 +121,24 @@ class AttentionBackward(torch.autograd.Function):
             None if x is None else next(results) for x in (grad_out, *inputs)
         )
         return grad_grad_out, value, None, None, locations, weights, reference, None, None, None, None, None
+
+
+def attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+    """`Attention.apply`, or what it does without its cost where no gradient can be asked for."""
+    inputs = (value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
+    if torch.is_grad_enabled():
+        if value.requires_grad or locations.requires_grad or weights.requires_grad:
+            return Attention.apply(*inputs)
+        if reference is not None and reference.requires_grad:
+            return Attention.apply(*inputs)
+    return _result(*inputs)
+
+
+def _result(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+    if backend == "triton":
+        return _forward_op(value, shapes, starts, locations, weights, num_points, method, reference, mask)
+    run = inductor_forward if backend == "inductor" else fallback_forward
+    return run(value, shapes, starts, locations, weights, num_points, method)
 
 
 def _gradients(

@@ -20,7 +20,6 @@ FORWARD_CONFIGS = [
 ]
 BACKWARD_CONFIGS = [
     triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1),
-    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 1}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 2}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 1}, num_warps=1, num_stages=1),
 ]
@@ -31,7 +30,9 @@ INTERPRETED_CONFIGS = {
     "backward": triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1}, num_warps=1, num_stages=1),
 }
 
-# ptxas spills a few registers of a large kernel to fit more programs, unless it may use all that a thread can have
+# For the large kernels: fused, or in float64. ptxas spills a few of their registers to fit more programs, unless it may
+# use all that a thread can have.
+_FEW_REGISTERS = triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 1}, num_warps=4, num_stages=1)
 _ALL_REGISTERS = triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1, maxnreg=255)
 
 # Which configuration runs where nothing is timed: by direction and class of the call, then by architecture ("sm_90"),
@@ -43,7 +44,7 @@ TABLE = {
     ("forward", "few"): {"": FORWARD_CONFIGS[4]},
     ("backward", "many"): {"": BACKWARD_CONFIGS[0]},
     ("backward", "few"): {"": BACKWARD_CONFIGS[0]},
-    ("backward", "large"): {"": BACKWARD_CONFIGS[1], "sm": _ALL_REGISTERS},
+    ("backward", "large"): {"": _FEW_REGISTERS, "sm": _ALL_REGISTERS},
 }
 # rows (b, q, m): with fewer, programs of 32 rows leave a large GPU half empty
 _FEW_ROWS = 1 << 15

@@ -53,6 +53,8 @@ BAD = [
     (TypeError, "attention_weights: expected a floating-point", {"attention_weights": lambda x: x > 0}),
     (ValueError, "spatial_shapes: expected 2 x 2 integers", {"spatial_shapes": [(3, 4)]}),
     (ValueError, "spatial_shapes: expected 2 x 2 integers", {"spatial_shapes": [(3, 4, 1), (2, 2, 1)]}),
+    (TypeError, "spatial_shapes: expected integers, got", {"spatial_shapes": [(3.5, 4), (2, 2)]}),
+    (TypeError, "level_start_index: expected integers, got", {"level_start_index": [0, 12.5]}),
     (ValueError, r"spatial_shapes: expected shape \(2, 2\)", {"spatial_shapes": torch.ones(3, 2, dtype=torch.long)}),
     (TypeError, "spatial_shapes: expected an integer dtype", {"spatial_shapes": torch.ones(2, 2)}),
     (ValueError, "spatial_shapes: expected areas that sum to S = 16", {"spatial_shapes": [(3, 4), (2, 3)]}),
@@ -98,7 +100,10 @@ def test_bad_fused_input(error, message, changes):
         fused(**changes)
 
 
-@pytest.mark.parametrize("shapes", [SHAPES, tuple(SHAPES), torch.tensor(SHAPES), torch.tensor(SHAPES).int()])
+@pytest.mark.parametrize(
+    "shapes",
+    [SHAPES, tuple(SHAPES), [list(row) for row in SHAPES], torch.tensor(SHAPES), torch.tensor(SHAPES).int()],
+)
 def test_forms_of_spatial_shapes(shapes):
     torch.testing.assert_close(call(spatial_shapes=shapes), call())
     torch.testing.assert_close(call(spatial_shapes=shapes, level_start_index=[0, 12]), call())

@@ -41,12 +41,13 @@ def test_queries(Q, D, device, poisoned_empty):
     check(SHAPES[:2], make_inputs(SHAPES[:2], B=1, Q=Q, M=1, D=D, dtype=torch.float32, device=device))
 
 
-@pytest.mark.parametrize("num_points", [[4, 4], [8, 8], [3, 3], [1, 3]], ids=str)
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("D", [4, 30, 32])
+@pytest.mark.parametrize(
+    ("num_points", "fused", "D"),
+    [([4, 4], False, 32), ([4, 4], True, 32), ([8, 8], False, 30), ([3, 3], False, 4), ([4, 8], True, 4)],
+)
 def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkeypatch, poisoned_empty):
     """SPLIT is an order of work, taken where it divides the points of a level."""
-    B, M, Q = 1, 2, 11
+    B, M, Q = 1, 2, 5
     value = torch.randn(B, 69, M, D, device=device)
     inputs = [
         torch.randn(B, Q, M, sum(num_points), 2, device=device),
@@ -57,7 +58,7 @@ def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkey
     function = ms_deform_attn_fused if fused else ms_deform_attn
     sums = []
     for split in (4, 1):
-        numbers = {"TILE": 256, "LANE_D": 8, "UNROLL": 1, "SPLIT": split}
+        numbers = {"TILE": 512, "LANE_D": 8, "UNROLL": 1, "SPLIT": split}
         monkeypatch.setattr(tuning, "configuration", lambda *_, n=numbers: triton.Config(n, num_warps=1, num_stages=1))
         sums.append(function(value, SHAPES[:2], *inputs, num_points=num_points, backend="triton"))
     expected = function(value.double(), SHAPES[:2], *inputs, num_points=num_points, backend="torch")
@@ -121,7 +122,7 @@ def test_not_finite_values_stay_where_they_are(dtype, device):
     assert (got.isinf() == want.isinf()).all()
 
 
-@pytest.mark.parametrize("D", [2, 30, 32, 64, 71, 1025])
+@pytest.mark.parametrize("D", [2, 30, 71, 1025])
 def test_gradcheck_on_the_shapes_of_the_original(D, device):
     """N, M = 1, 2; two queries, levels and points; maps (6, 4) and (3, 2): the test of the CUDA extension."""
     shapes = [(6, 4), (3, 2)]

@@ -45,7 +45,7 @@ def calls(draw):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @settings(
-    max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(call=calls())
 def test_agrees_with_the_specification(backend, call):
