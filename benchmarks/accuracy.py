@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python -m benchmarks.accuracy    # kernels interpreted; on a GPU leave the variable out
 
-The maps are those of an 800 x 1333 image (100 x 167 pixels and coarser), the locations the `local` distribution; 500
-random pixels of the encoder are the queries. All implementations get the same rounded inputs. Writes a CSV and prints a
-Markdown table: RMS error divided by the RMS of the exact result, and the largest error divided by the largest result.
+The maps are those of an 800 x 1333 image (100 x 167 pixels and coarser), the locations the `local` distribution; random
+pixels of the encoder are the queries. All implementations get the same rounded inputs. Writes a CSV and prints a Markdown
+table: RMS error divided by the RMS of the exact result, and the largest error divided by the largest result.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from benchmarks.run import DTYPES, environment
 from benchmarks.workloads import WORKLOADS, Inputs, make_inputs
 
 CSV = Path(__file__).parent / "results" / "accuracy.csv"
-QUERIES = 500
 LEAVES = ("value", "locations", "weights")
 
 
@@ -58,20 +57,20 @@ def storage_precision(x: Inputs) -> Tensor:
     return out.flatten(2)
 
 
-def inputs(dtype: torch.dtype, device: str) -> Inputs:
+def inputs(dtype: torch.dtype, device: str, queries: int) -> Inputs:
     """Some queries of the encoder's first image."""
     workload = replace(WORKLOADS["encoder"], B=1)
     x = make_inputs(workload, "local", dtype, device)
-    chosen = torch.randperm(workload.Q, generator=torch.Generator().manual_seed(2))[:QUERIES].sort()[0].to(device)
+    chosen = torch.randperm(workload.Q, generator=torch.Generator().manual_seed(2))[:queries].sort()[0].to(device)
     part = {
         name: getattr(x, name)[:, chosen] for name in ("reference_points", "offsets", "logits", "locations", "weights")
     }
-    return replace(x, workload=replace(workload, Q=QUERIES), **part)
+    return replace(x, workload=replace(workload, Q=queries), **part)
 
 
-def errors(names: list[str], dtype: torch.dtype, device: str) -> list[Error]:
+def errors(names: list[str], dtype: torch.dtype, device: str, queries: int) -> list[Error]:
     """Errors of the result and the gradients of each implementation."""
-    x = inputs(dtype, device)
+    x = inputs(dtype, device, queries)
     exact = gate.oracle(x, LEAVES)
     smooth = gate._smooth(x)
     rows = []
@@ -106,9 +105,10 @@ def main() -> None:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    parser.add_argument("--queries", type=int, default=500, help="(default: %(default)s)")
     args = parser.parse_args()
     names = ["triton", "fallback", "storage precision"]
-    rows = [row for dtype in args.dtype for row in errors(names, DTYPES[dtype], args.device)]
+    rows = [row for dtype in args.dtype for row in errors(names, DTYPES[dtype], args.device, args.queries)]
     place = environment(args.device)
     with args.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *place], lineterminator="\n")

@@ -17,6 +17,7 @@ tests=(tests/test_kernels.py tests/test_fused.py tests/test_op.py tests/test_fal
 test_args=(-q -n 8)
 bench_args=(--limit 210)
 tune_args=(--workload encoder decoder --repeat 10)
+accuracy_args=()
 case ${1:-} in
     "") ;;
     --dry-run)
@@ -24,6 +25,7 @@ case ${1:-} in
         tests=(tests/test_kernels.py::test_queries tests/test_fallback.py::test_float64)
         test_args=(-q -n 2)
         bench_args=(--dry-run --device cpu --dtype bfloat16 --limit 200 --repeat 1)
+        accuracy_args=(--queries 8 --dtype float16)
         tune_args=(--dry-run --workload dry_decoder --dtype bfloat16 --repeat 1)
         ;;
     *)
@@ -38,7 +40,7 @@ start=$SECONDS
 status=0
 timeout 180 "$PYTHON" -m pytest "${test_args[@]}" "${tests[@]}" 2>&1 | tee "$out/pytest.log" || status=1
 echo "tests: $((SECONDS - start)) s"
-timeout 60 "$PYTHON" -m benchmarks.accuracy --csv "$out/accuracy.csv" || status=1
+timeout 60 "$PYTHON" -m benchmarks.accuracy --csv "$out/accuracy.csv" "${accuracy_args[@]}" || status=1
 timeout 270 "$PYTHON" -m benchmarks.run --out "$out" "${bench_args[@]}"
 timeout 80 "$PYTHON" -m benchmarks.tune --out "$out" "${tune_args[@]}" || status=1
 echo "all: $((SECONDS - start)) s; results in $out"
