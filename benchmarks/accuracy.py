@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python -m benchmarks.accuracy    # kernels interpreted; on a GPU leave the variable out
 
-The maps are those of an 800 x 1333 image (100 x 167 pixels and coarser), the locations the `local` distribution; random
-pixels of the encoder are the queries. All implementations get the same rounded inputs. Writes a CSV and prints a Markdown
-table: RMS error divided by the RMS of the exact result, and the largest error divided by the largest result.
+The maps are those of an 800 x 1333 image (100 x 167 pixels and coarser), the locations those of `local`, and random
+pixels of the encoder are the queries. All implementations get the same rounded inputs. Writes a CSV and prints a
+Markdown table: RMS error divided by the RMS of the exact result, and the largest error divided by the largest result.
 """
 
 import argparse
