@@ -131,6 +131,7 @@ def launch_arguments(kernel: str, variant: str, dtype: str, channels: int) -> di
             "discrete" if variant == "discrete" else "default",
             torch.empty(B, Q, L, 2 if variant == "point" else 4) if fused else None,
             torch.empty(B, S, dtype=torch.bool) if variant == "box_mask" else None,
+            [n for size in ENCODER.levels for n in size],
         )
         grad_out = torch.empty(B, Q, M * channels, dtype=storage)
     with mock.patch.object(forward if kernel == "forward" else backward, "launch") as launch:

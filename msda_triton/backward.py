@@ -16,6 +16,7 @@ from msda_triton.bilinear import (
     load_reference,
     load_weight,
     narrow,
+    queries_of_program,
     softmax_rows,
     to_pixel,
     unmasked,
@@ -59,8 +60,8 @@ def _msda_bwd_kernel(
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
+    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Gradients of out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
@@ -71,17 +72,15 @@ def _msda_bwd_kernel(
     NEEDS_SAMPLE: tl.constexpr = grad_loc_ptr is not None or grad_attn_ptr is not None
     CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
     LANES: tl.constexpr = max(BLOCK_D // (max(VEC, 1) * CHUNKS), 1)
-    # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
+    # one program: BLOCK_Q queries of one head and image; rows without a query repeat another and are not stored
     BLOCK_Q: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), 1), 128)
-    q0 = tl.program_id(0) * BLOCK_Q
+    WIDTH: tl.constexpr = min(TILE_W, BLOCK_Q) if PIXELS else 0
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    q = tl.arange(0, BLOCK_Q)
-    mask_q = q < Q - q0
-    row0 = b * Q + q0  # of [B, Q]
-    row = tl.minimum(q, Q - 1 - q0)
-    loc_offset = (row0 * M + m) * (2 * K) + row * (M * 2 * K)
-    attn_offset = (row0 * M + m) * K + row * (M * K)
+    q, mask_q = queries_of_program(shapes_ptr, tl.arange(0, BLOCK_Q), Q, L, BLOCK_Q, WIDTH)
+    q = q.to(tl.int64)
+    loc_offset = (b * Q * M + m) * (2 * K) + q * (M * 2 * K)
+    attn_offset = (b * Q * M + m) * K + q * (M * K)
     loc_ptr += loc_offset
     attn_ptr += attn_offset
     if grad_loc_ptr is not None:
@@ -98,11 +97,11 @@ def _msda_bwd_kernel(
     row_scale = 1.0
     if REF_DIM > 0:
         row_max, row_scale = softmax_rows(attn_ptr, ACC, K, BLOCK_K)
-        ref_ptr += (row0 + row) * (REF_L * REF_DIM)
+        ref_ptr += b * Q * (REF_L * REF_DIM) + q * (REF_L * REF_DIM)
     if mask_ptr is not None:
         mask_ptr += b * S
     d_out, mask_out = load_offsets(D, BLOCK_D, 1, CHUNKS)
-    grad_out_ptr += (row0 * M + m) * D + (row * (M * D))[:, None] + d_out
+    grad_out_ptr += (b * Q * M + m) * D + (q * (M * D))[:, None] + d_out
     grad_out = load_pixel(grad_out_ptr, mask_q[:, None] & mask_out, ACC, D, 1, CHUNKS)
 
     cols = tl.arange(0, BLOCK_K)[None, :]
@@ -192,7 +191,7 @@ def _msda_bwd_kernel(
                     sum_x += grad_x
                     sum_y += grad_y
         if grad_ref_ptr is not None:
-            grad_ref_level_ptr = grad_ref_ptr + ((row0 + row) * M + m) * (L * REF_DIM) + l * REF_DIM
+            grad_ref_level_ptr = grad_ref_ptr + ((b * Q + q) * M + m) * (L * REF_DIM) + l * REF_DIM
             _store_row(grad_ref_level_ptr, sum_x, mask_q, LANES)
             _store_row(grad_ref_level_ptr + 1, sum_y, mask_q, LANES)
             if REF_DIM == 4:
@@ -220,6 +219,7 @@ def launch_backward(
     method: str,
     reference_points: Tensor | None,
     value_mask: Tensor | None,
+    query_sizes: list[int],
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of value, locations, weights and reference points in their dtypes; None for those not asked for."""
@@ -229,15 +229,16 @@ def launch_backward(
     if B > MAX_BATCH:
         sizes = spatial_shapes, level_start_index
         grads = [
-            launch_backward(g, v, *sizes, x, w, num_points, method, reference, mask, needs)
+            launch_backward(g, v, *sizes, x, w, num_points, method, reference, mask, query_sizes, needs)
             for g, v, x, w, reference, mask in batches(
                 grad_out, value, locations, weights, reference_points, value_mask
             )
         ]
         return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*grads, strict=True))
     arguments = kernel_arguments(
-        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask
-    )
+        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask,
+        query_sizes,
+    )  # fmt: skip
     double = arguments["ACC"].name == "fp64"
     acc = torch.float64 if double else torch.float32
     grad_out = grad_out.contiguous()
@@ -265,7 +266,7 @@ def launch_backward(
             "grad_attn_ptr": grad_weights,
             "grad_ref_ptr": grad_reference,
         }
-        launch("backward", _msda_bwd_kernel, grid(B, Q, M, D), B * Q * M, arguments)
+        launch("backward", _msda_bwd_kernel, grid(B, Q, M, query_sizes), B * Q * M, arguments)
     if scale is not None:
         grad_value = grad_value.to(acc) / scale.to(acc).view(B, 1, M, 1)
     if needs_value:

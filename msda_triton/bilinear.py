@@ -24,6 +24,39 @@ def load_level(shapes_ptr, starts_ptr, l, next_start, S):
 
 
 @triton.jit
+def queries_of_program(shapes_ptr, rows, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_W: tl.constexpr):
+    """Query of each of a program's rows, and whether it exists; one that does not is replaced by one that does.
+
+    With TILE_W, queries are the pixels of all levels, and a program has a rectangle of a level TILE_W columns wide.
+    """
+    tile = tl.program_id(0)
+    if TILE_W == 0:
+        q = tile * BLOCK_Q + rows
+        return tl.minimum(q, Q - 1), q < Q
+    else:
+        TILE_H: tl.constexpr = BLOCK_Q // TILE_W
+        H = 1
+        W = 1
+        first = 0
+        index = 0
+        start = 0
+        for l in range(L):
+            level_H = tl.load(shapes_ptr + 2 * l).to(tl.int32)
+            level_W = tl.load(shapes_ptr + 2 * l + 1).to(tl.int32)
+            here = tile >= 0
+            H = tl.where(here, level_H, H)
+            W = tl.where(here, level_W, W)
+            first = tl.where(here, start, first)
+            index = tl.where(here, tile, index)
+            tile -= tl.cdiv(level_H, TILE_H) * tl.cdiv(level_W, TILE_W)
+            start += level_H * level_W
+        across = tl.cdiv(W, TILE_W)
+        y = index // across * TILE_H + rows // TILE_W
+        x = index % across * TILE_W + rows % TILE_W
+        return first + tl.minimum(y, H - 1) * W + tl.minimum(x, W - 1), (y < H) & (x < W)
+
+
+@triton.jit
 def widen(x, ACC: tl.constexpr):
     """x in the accumulator's dtype."""
     # bfloat16 and float64 meet in float32: the interpreter converts them wrongly without it

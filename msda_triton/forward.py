@@ -13,6 +13,7 @@ from msda_triton.bilinear import (
     load_pixel,
     load_reference,
     load_weight,
+    queries_of_program,
     softmax_rows,
     store_row,
     to_pixel,
@@ -29,34 +30,34 @@ def _msda_fwd_kernel(
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
+    TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
     With REF_DIM 2 or 4, loc holds offsets from a reference point or box, and attn logits of a softmax over l and p.
     """
-    # one program: BLOCK_Q queries of one head and image; rows past the last query repeat it and are not stored
+    # one program: BLOCK_Q queries of one head and image; rows without a query repeat another and are not stored
     CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
     # SHARE rows share a query, and each takes every SHARE-th point of a level
     SHARE: tl.constexpr = SPLIT if P > 0 and P % SPLIT == 0 else 1
     ROWS: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), SHARE), 128)
     BLOCK_Q: tl.constexpr = ROWS // SHARE
-    q0 = tl.program_id(0) * BLOCK_Q
+    WIDTH: tl.constexpr = min(TILE_W, BLOCK_Q) if PIXELS else 0
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    row0 = b * Q + q0  # of [B, Q]
-    row = tl.minimum(tl.arange(0, ROWS) // SHARE, Q - 1 - q0)
+    q, _ = queries_of_program(shapes_ptr, tl.arange(0, ROWS) // SHARE, Q, L, BLOCK_Q, WIDTH)
+    q = q.to(tl.int64)
     first = tl.arange(0, ROWS) % SHARE
-    loc_ptr += (row0 * M + m) * (2 * K) + row * (M * 2 * K)
-    attn_ptr += (row0 * M + m) * K + row * (M * K)
+    loc_ptr += (b * Q * M + m) * (2 * K) + q * (M * 2 * K)
+    attn_ptr += (b * Q * M + m) * K + q * (M * K)
     d, mask_d = load_offsets(D, BLOCK_D, PACK, CHUNKS)
     value_ptr += b * stride_vb + m * stride_vm
     row_max = 0.0
     row_scale = 1.0
     if REF_DIM > 0:
         row_max, row_scale = softmax_rows(attn_ptr, ACC, K, BLOCK_K)
-        ref_ptr += (row0 + row) * (REF_L * REF_DIM)
+        ref_ptr += b * Q * (REF_L * REF_DIM) + q * (REF_L * REF_DIM)
     loc_ptr += 2 * first
     attn_ptr += first
     if mask_ptr is not None:
@@ -104,10 +105,10 @@ def _msda_fwd_kernel(
     if SHARE > 1:
         out = tl.sum(tl.reshape(out, (BLOCK_Q, SHARE, BLOCK_D)), 1)
     PARTS: tl.constexpr = CHUNKS if SHARE == 1 else 1
-    q = tl.arange(0, BLOCK_Q)
+    q, mask_q = queries_of_program(shapes_ptr, tl.arange(0, BLOCK_Q), Q, L, BLOCK_Q, WIDTH)
     d, mask_d = load_offsets(D, BLOCK_D, 1, PARTS)
-    out_ptr += (row0 * M + m) * D + (q * (M * D))[:, None] + d
-    store_row(out_ptr, out, (q < Q - q0)[:, None] & mask_d, D, PARTS)
+    out_ptr += (b * Q * M + m) * D + (q.to(tl.int64) * (M * D))[:, None] + d
+    store_row(out_ptr, out, mask_q[:, None] & mask_d, D, PARTS)
 
 
 def launch_forward(
@@ -120,6 +121,7 @@ def launch_forward(
     method: str,
     reference_points: Tensor | None,
     value_mask: Tensor | None,
+    query_sizes: list[int],
 ) -> Tensor:
     """out [B, Q, M * D] in value's dtype."""
     B, _, M, D = value.shape
@@ -128,14 +130,15 @@ def launch_forward(
         sizes = spatial_shapes, level_start_index
         return torch.cat(
             [
-                launch_forward(v, *sizes, x, w, num_points, method, reference, mask)
+                launch_forward(v, *sizes, x, w, num_points, method, reference, mask, query_sizes)
                 for v, x, w, reference, mask in batches(value, locations, weights, reference_points, value_mask)
             ]
         )
     arguments = kernel_arguments(
-        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask
-    )
+        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask,
+        query_sizes,
+    )  # fmt: skip
     out = torch.empty(B, Q, M * D, dtype=value.dtype, device=value.device)
     if out.numel():
-        launch("forward", _msda_fwd_kernel, grid(B, Q, M, D), B * Q * M, arguments | {"out_ptr": out})
+        launch("forward", _msda_fwd_kernel, grid(B, Q, M, query_sizes), B * Q * M, arguments | {"out_ptr": out})
     return out

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,10 +65,8 @@ def ms_deform_attn(
     else:
         num_points = list(num_points)
     _check_samples(value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points)
-    shapes, starts = _levels(value, spatial_shapes, level_start_index, len(num_points))
-    return _attend(
-        value, shapes, starts, sampling_locations, attention_weights, None, None, num_points, method, backend
-    )
+    levels = _levels(value, spatial_shapes, level_start_index, len(num_points))
+    return _attend(value, levels, sampling_locations, attention_weights, None, None, num_points, method, backend)
 
 
 def ms_deform_attn_fused(
@@ -122,11 +121,10 @@ def ms_deform_attn_fused(
         if value_mask.shape != value.shape[:2]:
             _raise_shape("value_mask", value.shape[:2], value_mask)
         _check_same_device("value_mask", value_mask, value.device)
-    shapes, starts = _levels(value, spatial_shapes, level_start_index, L)
+    levels = _levels(value, spatial_shapes, level_start_index, L)
     return _attend(
-        value, shapes, starts, sampling_offsets, attention_logits, reference_points, value_mask, num_points, method,
-        backend,
-    )  # fmt: skip
+        value, levels, sampling_offsets, attention_logits, reference_points, value_mask, num_points, method, backend
+    )
 
 
 def ms_deform_attn_backward(
@@ -158,11 +156,12 @@ def ms_deform_attn_backward(
     if grad_out.shape != (B, Q, M * value.shape[3]):
         _raise_shape("grad_out", (B, Q, M * value.shape[3]), grad_out)
     _check_same_device("grad_out", grad_out, value.device)
-    shapes, starts = _levels(value, spatial_shapes, level_start_index, len(num_points))
-    backend, needs = _backend(value, backend), [True, True, True, False]
+    levels = _levels(value, spatial_shapes, level_start_index, len(num_points))
+    sizes, needs = levels.of_queries(Q), [True, True, True, False]
     grad_value, grad_locations, grad_weights, _ = AttentionBackward.apply(
-        grad_out, value, shapes, starts, locations, weights, None, None, num_points, "default", backend, needs
-    )
+        grad_out, value, levels.shapes, levels.starts, locations, weights, None, None, num_points, "default", sizes,
+        _backend(value, backend), needs,
+    )  # fmt: skip
     return grad_value, grad_locations.view(sampling_locations.shape), grad_weights.view(attention_weights.shape)
 
 
@@ -188,12 +187,14 @@ class MSDeformAttnFunction:
         )
 
 
-def _attend(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+def _attend(value, levels, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     backend = _backend(value, backend)
+    shapes, starts, _ = levels
     if backend == "triton":
-        return attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
+        sizes = levels.of_queries(weights.shape[1])
+        return attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend)
     if torch.compiler.is_exporting():
         # plain operators, which ONNX, AOTInductor and other runtimes know
         return reference_attention(value, shapes, starts, locations, weights, reference, mask, num_points, method)
@@ -201,7 +202,7 @@ def _attend(value, shapes, starts, locations, weights, reference, mask, num_poin
         locations, weights = locations_and_weights(shapes, locations, weights, reference, num_points)
     if mask is not None:
         value = value.masked_fill(mask[:, :, None, None], 0)
-    return attention(value, shapes, starts, locations, weights, None, None, num_points, method, backend)
+    return attention(value, shapes, starts, locations, weights, None, None, num_points, method, [], backend)
 
 
 def _raise_shape(name: str, expected, got: Tensor):
@@ -249,23 +250,35 @@ def _check_samples(
         _raise_shape(weights_name, f"({B}, {Q}, {M}, L, P) with L * P = {K}", weights)
 
 
-def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> tuple[Tensor, Tensor | None]:
+class _Levels(NamedTuple):
+    shapes: Tensor  # [L, 2] (H, W), on value's device
+    starts: Tensor | None  # [L]
+    sizes: tuple[tuple[int, int], ...] | None  # the shapes, if the host knows them
+
+    def of_queries(self, Q: int) -> list[int]:
+        """H, W of each level if the Q queries may be their pixels, else nothing: see `launch.kernel_arguments`."""
+        if self.sizes is None or torch.compiler.is_exporting() or sum(H * W for H, W in self.sizes) != Q:
+            return []
+        return [n for size in self.sizes for n in size]
+
+
+def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> _Levels:
     """Level sizes and starts as tensors on value's device, checked against S where the host knows them."""
     S, device = value.shape[1], value.device
     if level_start_index is None and isinstance(spatial_shapes, list | tuple) and not torch.compiler.is_compiling():
         key = tuple(spatial_shapes)
         if all(type(row) is tuple for row in key):
-            return _listed_levels(key, S, L, device), None
+            return _listed_levels(key, S, L, device)
     return _checked_levels(spatial_shapes, level_start_index, S, L, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _listed_levels(spatial_shapes: tuple[tuple[int, int], ...], S: int, L: int, device: torch.device) -> Tensor:
-    """The sizes, checked once."""
-    return _checked_levels(spatial_shapes, None, S, L, device)[0]
+def _listed_levels(spatial_shapes: tuple[tuple[int, int], ...], S: int, L: int, device: torch.device) -> _Levels:
+    """Checked once."""
+    return _checked_levels(spatial_shapes, None, S, L, device)
 
 
-def _checked_levels(spatial_shapes, level_start_index, S: int, L: int, device) -> tuple[Tensor, Tensor | None]:
+def _checked_levels(spatial_shapes, level_start_index, S: int, L: int, device: torch.device) -> _Levels:
     shapes, sizes = _integers("spatial_shapes", spatial_shapes, (L, 2), device)
     if level_start_index is None:
         starts, first = None, None
@@ -283,7 +296,7 @@ def _checked_levels(spatial_shapes, level_start_index, S: int, L: int, device) -
             )
         if any(h < 0 or w < 0 for h, w in sizes):
             raise ValueError(f"spatial_shapes: expected sizes of at least 0, got {list(sizes)}")
-    return shapes, starts
+    return _Levels(shapes, starts, sizes)
 
 
 def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple | None]:

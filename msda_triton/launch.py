@@ -32,8 +32,13 @@ def kernel_arguments(
     method: str,
     reference_points: Tensor | None,
     value_mask: Tensor | None,
+    query_sizes: list[int],
 ) -> dict:
-    """The arguments that forward and backward share, by name."""
+    """The arguments that forward and backward share, by name.
+
+    query_sizes: H, W of each level, if the host knows them and the queries are as many as the levels have pixels: they
+    are then taken in rectangles instead of runs, whose samples lie closer together. Else empty.
+    """
     S, M, D = value.shape[1:]
     Q, K = weights.shape[1], weights.shape[3]
     L = len(num_points)
@@ -72,17 +77,23 @@ def kernel_arguments(
         "VEC": vec,
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_K": triton.next_power_of_2(K),
+        "PIXELS": bool(query_sizes),
     }
 
 
-def grid(B: int, Q: int, M: int, D: int):
+def grid(B: int, Q: int, M: int, query_sizes: list[int]):
     """One program per tile of queries, head and image."""
 
     def size(meta):
         split, P = meta.get("SPLIT", 1), meta["P"]
         share = split if P > 0 and P % split == 0 else 1
         rows = min(max(meta["TILE"] // (meta["BLOCK_D"] * (1 if meta["VEC"] else 8)), share), 128)
-        return triton.cdiv(Q, rows // share), M, B
+        block_q = rows // share
+        if not query_sizes or not meta["TILE_W"]:
+            return triton.cdiv(Q, block_q), M, B
+        width = min(meta["TILE_W"], block_q)
+        pairs = zip(query_sizes[::2], query_sizes[1::2], strict=True)
+        return sum(triton.cdiv(h, block_q // width) * triton.cdiv(w, width) for h, w in pairs), M, B
 
     return size
 

@@ -12,7 +12,7 @@ from msda_triton.reference import level_of_point, ms_deform_attn_reference
 
 _INPUTS = (
     "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor locations, Tensor weights, "
-    "SymInt[] num_points, str method, Tensor? reference_points, Tensor? value_mask"
+    "SymInt[] num_points, str method, Tensor? reference_points, Tensor? value_mask, SymInt[] query_sizes"
 )
 _library = torch.library.Library("msda_triton", "DEF")
 _library.define(f"forward({_INPUTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -22,38 +22,42 @@ _library.define(
 )
 
 
-def _forward(value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask):
+def _forward(value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, sizes):
     from msda_triton.forward import launch_forward
     from msda_triton.launch import on_device
 
     with on_device(value):
         return launch_forward(
-            value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask
+            value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, sizes
         )
 
 
 def _backward(
-    grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, needs
-):
+    grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, sizes,
+    needs,
+):  # fmt: skip
     from msda_triton.backward import launch_backward
     from msda_triton.launch import on_device
 
     with on_device(value):
         grads = launch_backward(
             grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask,
-            needs,
+            sizes, needs,
         )  # fmt: skip
     # an operator returns tensors only: an empty one stands for a gradient that nobody asked for
     return tuple(value.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _forward_fake(value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask):
+def _forward_fake(
+    value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, sizes
+):
     return value.new_empty(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
 
 
 def _backward_fake(
-    grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, needs
-):
+    grad_out, value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference, mask, sizes,
+    needs,
+):  # fmt: skip
     inputs = (value, locations, weights, reference)
     return tuple(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else value.new_empty(0)
@@ -73,10 +77,10 @@ class Attention(torch.autograd.Function):
     """Attention with one pass per direction. Locations are offsets and weights logits if reference points are given."""
 
     @staticmethod
-    def forward(ctx, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend):
+    def forward(ctx, value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend):
         ctx.save_for_backward(value, shapes, starts, locations, weights, reference, mask)
-        ctx.options = num_points, method, backend
-        return _result(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
+        ctx.options = num_points, method, sizes, backend
+        return _result(value, shapes, starts, locations, weights, reference, mask, *ctx.options)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -86,7 +90,7 @@ class Attention(torch.autograd.Function):
         else:
             grads = _gradients(grad_out, *ctx.saved_tensors, *ctx.options, needs)
         grad_value, grad_locations, grad_weights, grad_reference = grads
-        return grad_value, None, None, grad_locations, grad_weights, grad_reference, None, None, None, None
+        return grad_value, None, None, grad_locations, grad_weights, grad_reference, None, None, None, None, None
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -94,13 +98,13 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend, needs
-    ):
+        ctx, grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend,
+        needs,
+    ):  # fmt: skip
         ctx.save_for_backward(grad_out, value, shapes, starts, locations, weights, reference, mask)
         ctx.options = num_points, method, needs
-        return _gradients(
-            grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend, needs
-        )
+        inputs = (grad_out, value, shapes, starts, locations, weights, reference, mask)
+        return _gradients(*inputs, num_points, method, sizes, backend, needs)
 
     @staticmethod
     def backward(ctx, *grad_grads):
@@ -120,12 +124,12 @@ class AttentionBackward(torch.autograd.Function):
         grad_grad_out, value, locations, weights, reference = (
             None if x is None else next(results) for x in (grad_out, *inputs)
         )
-        return grad_grad_out, value, None, None, locations, weights, reference, None, None, None, None, None
+        return grad_grad_out, value, None, None, locations, weights, reference, None, None, None, None, None, None
 
 
-def attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+def attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend) -> Tensor:
     """`Attention.apply`, or what it does without its cost where no gradient can be asked for."""
-    inputs = (value, shapes, starts, locations, weights, reference, mask, num_points, method, backend)
+    inputs = (value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend)
     if torch.is_grad_enabled():
         if value.requires_grad or locations.requires_grad or weights.requires_grad:
             return Attention.apply(*inputs)
@@ -134,19 +138,19 @@ def attention(value, shapes, starts, locations, weights, reference, mask, num_po
     return _result(*inputs)
 
 
-def _result(value, shapes, starts, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+def _result(value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend) -> Tensor:
     if backend == "triton":
-        return _forward_op(value, shapes, starts, locations, weights, num_points, method, reference, mask)
+        return _forward_op(value, shapes, starts, locations, weights, num_points, method, reference, mask, sizes)
     run = inductor_forward if backend == "inductor" else fallback_forward
     return run(value, shapes, starts, locations, weights, num_points, method)
 
 
 def _gradients(
-    grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, backend, needs
+    grad_out, value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend, needs
 ):
     if backend == "triton":
         grads = _backward_op(
-            grad_out, value, shapes, starts, locations, weights, num_points, method, reference, mask, needs
+            grad_out, value, shapes, starts, locations, weights, num_points, method, reference, mask, sizes, needs
         )
         return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
     run = inductor_backward if backend == "inductor" else fallback_backward

@@ -8,32 +8,45 @@ import torch
 import triton
 import triton.language as tl
 
-# TILE: float32 elements of one program's [rows, BLOCK_D] tile; LANE_D: channels of a row that one lane has; UNROLL:
-# points of a level worked on at once; SPLIT: rows that share a query, each with its part of a level's points.
+
+def _config(numbers: str, warps: int, registers: int | None = None) -> triton.Config:
+    """A configuration by its numbers.
+
+    TILE: float32 elements of one program's [rows, BLOCK_D] tile. LANE_D: channels of a row that one lane has. UNROLL:
+    points of a level worked on at once. TILE_W: width of a program's rectangle where queries are pixels; 0 takes runs
+    of queries there too. SPLIT (forward only): rows that share a query, each with its part of a level's points.
+    """
+    kwargs = {name: int(number) for name, number in (pair.split("=") for pair in numbers.split())}
+    return triton.Config(kwargs, num_warps=warps, num_stages=1, maxnreg=registers)
+
+
 FORWARD_CONFIGS = [
-    triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 4, "SPLIT": 1}, num_warps=2, num_stages=1),
-    triton.Config({"TILE": 2048, "LANE_D": 16, "UNROLL": 4, "SPLIT": 1}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 4, "SPLIT": 1}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 4, "SPLIT": 1}, num_warps=1, num_stages=1),
-    triton.Config({"TILE": 512, "LANE_D": 16, "UNROLL": 1, "SPLIT": 4}, num_warps=1, num_stages=1),
-    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 1, "SPLIT": 4}, num_warps=1, num_stages=1),
+    _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=2),
+    _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=0 SPLIT=1", warps=2),
+    _config("TILE=2048 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=4),
+    _config("TILE=1024 LANE_D=8 UNROLL=4 TILE_W=8 SPLIT=1", warps=4),
+    _config("TILE=256 LANE_D=8 UNROLL=4 TILE_W=4 SPLIT=1", warps=1),
+    _config("TILE=512 LANE_D=16 UNROLL=1 TILE_W=2 SPLIT=4", warps=1),
+    _config("TILE=256 LANE_D=8 UNROLL=1 TILE_W=2 SPLIT=4", warps=1),
 ]
+_FEW_QUERIES = FORWARD_CONFIGS[5]
 BACKWARD_CONFIGS = [
-    triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1),
-    triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 2}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 256, "LANE_D": 8, "UNROLL": 1}, num_warps=1, num_stages=1),
+    _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2),
+    _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=0", warps=2),
+    _config("TILE=1024 LANE_D=8 UNROLL=2 TILE_W=8", warps=4),
+    _config("TILE=256 LANE_D=8 UNROLL=1 TILE_W=4", warps=1),
 ]
 CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
 # an interpreted program costs the same whatever its size
 INTERPRETED_CONFIGS = {
-    "forward": triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1, "SPLIT": 1}, num_warps=1, num_stages=1),
-    "backward": triton.Config({"TILE": 4096, "LANE_D": 16, "UNROLL": 1}, num_warps=1, num_stages=1),
+    "forward": _config("TILE=4096 LANE_D=16 UNROLL=1 TILE_W=8 SPLIT=1", warps=1),
+    "backward": _config("TILE=4096 LANE_D=16 UNROLL=1 TILE_W=8", warps=1),
 }
 
 # For the large kernels: fused, or in float64. ptxas spills a few of their registers to fit more programs, unless it may
 # use all that a thread can have.
-_FEW_REGISTERS = triton.Config({"TILE": 1024, "LANE_D": 8, "UNROLL": 1}, num_warps=4, num_stages=1)
-_ALL_REGISTERS = triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_warps=2, num_stages=1, maxnreg=255)
+_FEW_REGISTERS = _config("TILE=1024 LANE_D=8 UNROLL=1 TILE_W=8", warps=4)
+_ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2, registers=255)
 
 # Which configuration runs where nothing is timed: by direction and class of the call, then by architecture ("sm_90"),
 # vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the fewest instructions per row without
@@ -41,7 +54,7 @@ _ALL_REGISTERS = triton.Config({"TILE": 1024, "LANE_D": 16, "UNROLL": 1}, num_wa
 # `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
 TABLE = {
     ("forward", "many"): {"": FORWARD_CONFIGS[0]},
-    ("forward", "few"): {"": FORWARD_CONFIGS[4]},
+    ("forward", "few"): {"": _FEW_QUERIES},
     ("backward", "many"): {"": BACKWARD_CONFIGS[0]},
     ("backward", "few"): {"": BACKWARD_CONFIGS[0]},
     ("backward", "large"): {"": _FEW_REGISTERS, "sm": _ALL_REGISTERS},
@@ -107,5 +120,5 @@ def _clear_grad_value(kwargs, reset_only=False):
 @functools.cache
 def _timed(direction: str, kernel):
     """The kernel under `triton.autotune`, keyed on what the best configuration depends on but not on the image size."""
-    key = ["M", "D", "L", "K", "REF_DIM", "q_bucket"]
+    key = ["M", "D", "L", "K", "REF_DIM", "PIXELS", "q_bucket"]
     return triton.autotune(configs=CONFIGS[direction], key=key, pre_hook=_clear_grad_value)(kernel)

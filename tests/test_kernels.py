@@ -58,12 +58,41 @@ def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkey
     function = ms_deform_attn_fused if fused else ms_deform_attn
     sums = []
     for split in (4, 1):
-        numbers = {"TILE": 512, "LANE_D": 8, "UNROLL": 1, "SPLIT": split}
+        numbers = {"TILE": 512, "LANE_D": 8, "UNROLL": 1, "SPLIT": split, "TILE_W": 2}
         monkeypatch.setattr(tuning, "configuration", lambda *_, n=numbers: triton.Config(n, num_warps=1, num_stages=1))
         sums.append(function(value, SHAPES[:2], *inputs, num_points=num_points, backend="triton"))
     expected = function(value.double(), SHAPES[:2], *inputs, num_points=num_points, backend="torch")
     for out in sums:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, 2, 8])
+@pytest.mark.parametrize(("shapes", "starts"), [(SHAPES, None), ([(9, 1), (1, 9)], None), ([(3, 5), (4, 4)], [16, 0])])
+def test_pixels_as_queries_are_taken_in_rectangles(shapes, starts, width, device, monkeypatch, poisoned_empty):
+    """An order of work: every query once, whatever the sizes and the order of the levels in memory."""
+    launch, grids = tuning.launch, []
+
+    def spy(direction, kernel, grid, rows, arguments):
+        numbers = {"TILE": 256, "LANE_D": 8, "UNROLL": 1, "TILE_W": width}
+        if direction == "forward":
+            numbers["SPLIT"] = 1
+        config = triton.Config(numbers, num_warps=1, num_stages=1)
+        monkeypatch.setattr(tuning, "configuration", lambda *_: config)
+        grids.append(grid(arguments | numbers)[0])
+        launch(direction, kernel, grid, rows, arguments)
+
+    for module in ("forward", "backward"):
+        monkeypatch.setattr(f"msda_triton.{module}.launch", spy)
+    S = sum(h * w for h, w in shapes)
+    inputs = make_inputs(shapes, B=1, Q=S, M=1, D=16, P=1, device=device)  # 16 rows a program
+    if starts is None:
+        check(shapes, inputs)
+    else:
+        swapped = torch.cat([inputs[0][:, 15:], inputs[0][:, :15]], 1)
+        got = ms_deform_attn(swapped, shapes, *inputs[1:], level_start_index=starts, backend="triton")
+        torch.testing.assert_close(got, reference(inputs[0], shapes, *inputs[1:]))
+    tiles = sum(-(-h // (16 // width)) * -(-w // width) for h, w in shapes) if width else -(-S // 16)
+    assert set(grids) == {tiles}
 
 
 def test_more_images_than_a_grid_has_room_for(device, monkeypatch, poisoned_empty):

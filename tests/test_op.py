@@ -22,7 +22,7 @@ def op_inputs(device, fused):
     points = torch.rand(2, 5, 2, 4, device=device) if fused else None
     mask = torch.zeros(2, 47, dtype=torch.bool, device=device) if fused else None
     tensors = (value.detach(), torch.tensor(SHAPES, device=device), None, locations.detach().flatten(3, 4))
-    return (*tensors, weights.detach().flatten(3, 4), [2, 2], "default", points, mask)
+    return (*tensors, weights.detach().flatten(3, 4), [2, 2], "default", points, mask, [])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -91,7 +91,7 @@ def test_no_graph_waits_for_the_device(device):
         value, locations, weights = (torch.empty(size, device=device) for size in sizes)
         shapes = torch.empty(2, 2, dtype=torch.long, device=device)
         torch.ops.msda_triton.forward(
-            value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], "default", None, None
+            value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], "default", None, None, []
         )
 
 
