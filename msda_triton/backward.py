@@ -16,7 +16,8 @@ from msda_triton.bilinear import (
     load_reference,
     load_weight,
     narrow,
-    queries_of_program,
+    queries,
+    rectangle_of_program,
     softmax_rows,
     to_pixel,
     unmasked,
@@ -77,10 +78,11 @@ def _msda_bwd_kernel(
     WIDTH: tl.constexpr = min(TILE_W, BLOCK_Q) if PIXELS else 0
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    q, mask_q = queries_of_program(shapes_ptr, tl.arange(0, BLOCK_Q), Q, L, BLOCK_Q, WIDTH)
-    q = q.to(tl.int64)
-    loc_offset = (b * Q * M + m) * (2 * K) + q * (M * 2 * K)
-    attn_offset = (b * Q * M + m) * K + q * (M * K)
+    q0, tile_H, tile_W, tile_y, tile_x = rectangle_of_program(shapes_ptr, Q, L, BLOCK_Q, WIDTH)
+    row0 = b * Q + q0  # of [B, Q]
+    row, mask_q = queries(tl.arange(0, BLOCK_Q), tile_H, tile_W, tile_y, tile_x, WIDTH)
+    loc_offset = (row0 * M + m) * (2 * K) + row * (M * 2 * K)
+    attn_offset = (row0 * M + m) * K + row * (M * K)
     loc_ptr += loc_offset
     attn_ptr += attn_offset
     if grad_loc_ptr is not None:
@@ -97,11 +99,11 @@ def _msda_bwd_kernel(
     row_scale = 1.0
     if REF_DIM > 0:
         row_max, row_scale = softmax_rows(attn_ptr, ACC, K, BLOCK_K)
-        ref_ptr += b * Q * (REF_L * REF_DIM) + q * (REF_L * REF_DIM)
+        ref_ptr += (row0 + row) * (REF_L * REF_DIM)
     if mask_ptr is not None:
         mask_ptr += b * S
     d_out, mask_out = load_offsets(D, BLOCK_D, 1, CHUNKS)
-    grad_out_ptr += (b * Q * M + m) * D + (q * (M * D))[:, None] + d_out
+    grad_out_ptr += (row0 * M + m) * D + (row * (M * D))[:, None] + d_out
     grad_out = load_pixel(grad_out_ptr, mask_q[:, None] & mask_out, ACC, D, 1, CHUNKS)
 
     cols = tl.arange(0, BLOCK_K)[None, :]
@@ -191,7 +193,7 @@ def _msda_bwd_kernel(
                     sum_x += grad_x
                     sum_y += grad_y
         if grad_ref_ptr is not None:
-            grad_ref_level_ptr = grad_ref_ptr + ((b * Q + q) * M + m) * (L * REF_DIM) + l * REF_DIM
+            grad_ref_level_ptr = grad_ref_ptr + ((row0 + row) * M + m) * (L * REF_DIM) + l * REF_DIM
             _store_row(grad_ref_level_ptr, sum_x, mask_q, LANES)
             _store_row(grad_ref_level_ptr + 1, sum_y, mask_q, LANES)
             if REF_DIM == 4:

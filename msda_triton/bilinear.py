@@ -24,36 +24,47 @@ def load_level(shapes_ptr, starts_ptr, l, next_start, S):
 
 
 @triton.jit
-def queries_of_program(shapes_ptr, rows, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_W: tl.constexpr):
-    """Query of each of a program's rows, and whether it exists; one that does not is replaced by one that does.
+def rectangle_of_program(shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_W: tl.constexpr):
+    """A program's first query, H and W of the level that it is a pixel of, and its row and column there.
 
-    With TILE_W, queries are the pixels of all levels, and a program has a rectangle of a level TILE_W columns wide.
+    With TILE_W, queries are the pixels of all levels, and a program has a rectangle of TILE_W columns. Without, all
+    queries are one row, and a program has a run of them.
     """
     tile = tl.program_id(0)
     if TILE_W == 0:
-        q = tile * BLOCK_Q + rows
-        return tl.minimum(q, Q - 1), q < Q
+        return tile * BLOCK_Q, 1, Q, 0, tile * BLOCK_Q
     else:
         TILE_H: tl.constexpr = BLOCK_Q // TILE_W
+        first = 0
         H = 1
         W = 1
-        first = 0
         index = 0
         start = 0
-        for l in range(L):
+        for l in tl.static_range(L):
             level_H = tl.load(shapes_ptr + 2 * l).to(tl.int32)
             level_W = tl.load(shapes_ptr + 2 * l + 1).to(tl.int32)
             here = tile >= 0
+            first = tl.where(here, start, first)
             H = tl.where(here, level_H, H)
             W = tl.where(here, level_W, W)
-            first = tl.where(here, start, first)
             index = tl.where(here, tile, index)
             tile -= tl.cdiv(level_H, TILE_H) * tl.cdiv(level_W, TILE_W)
             start += level_H * level_W
         across = tl.cdiv(W, TILE_W)
-        y = index // across * TILE_H + rows // TILE_W
-        x = index % across * TILE_W + rows % TILE_W
-        return first + tl.minimum(y, H - 1) * W + tl.minimum(x, W - 1), (y < H) & (x < W)
+        y = index // across * TILE_H
+        x = index % across * TILE_W
+        return first + y * W + x, H, W, y, x
+
+
+@triton.jit
+def queries(rows, H, W, y, x, TILE_W: tl.constexpr):
+    """Query of each row, counted from the program's first, and whether it exists; one that does not is another's."""
+    if TILE_W == 0:
+        return tl.minimum(rows, W - 1 - x), rows < W - x
+    else:
+        dy = rows // TILE_W
+        dx = rows % TILE_W
+        return tl.minimum(dy, H - 1 - y) * W + tl.minimum(dx, W - 1 - x), (dy < H - y) & (dx < W - x)
 
 
 @triton.jit

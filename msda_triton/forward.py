@@ -13,7 +13,8 @@ from msda_triton.bilinear import (
     load_pixel,
     load_reference,
     load_weight,
-    queries_of_program,
+    queries,
+    rectangle_of_program,
     softmax_rows,
     store_row,
     to_pixel,
@@ -46,18 +47,19 @@ def _msda_fwd_kernel(
     WIDTH: tl.constexpr = min(TILE_W, BLOCK_Q) if PIXELS else 0
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    q, _ = queries_of_program(shapes_ptr, tl.arange(0, ROWS) // SHARE, Q, L, BLOCK_Q, WIDTH)
-    q = q.to(tl.int64)
+    q0, tile_H, tile_W, tile_y, tile_x = rectangle_of_program(shapes_ptr, Q, L, BLOCK_Q, WIDTH)
+    row0 = b * Q + q0  # of [B, Q]
+    row, _ = queries(tl.arange(0, ROWS) // SHARE, tile_H, tile_W, tile_y, tile_x, WIDTH)
     first = tl.arange(0, ROWS) % SHARE
-    loc_ptr += (b * Q * M + m) * (2 * K) + q * (M * 2 * K)
-    attn_ptr += (b * Q * M + m) * K + q * (M * K)
+    loc_ptr += (row0 * M + m) * (2 * K) + row * (M * 2 * K)
+    attn_ptr += (row0 * M + m) * K + row * (M * K)
     d, mask_d = load_offsets(D, BLOCK_D, PACK, CHUNKS)
     value_ptr += b * stride_vb + m * stride_vm
     row_max = 0.0
     row_scale = 1.0
     if REF_DIM > 0:
         row_max, row_scale = softmax_rows(attn_ptr, ACC, K, BLOCK_K)
-        ref_ptr += b * Q * (REF_L * REF_DIM) + q * (REF_L * REF_DIM)
+        ref_ptr += (row0 + row) * (REF_L * REF_DIM)
     loc_ptr += 2 * first
     attn_ptr += first
     if mask_ptr is not None:
@@ -75,7 +77,7 @@ def _msda_fwd_kernel(
         below = W.to(tl.int64) * STRIDE_VS
         H = H.to(ACC)
         W = W.to(ACC)
-        for p in tl.range(0, num_points, SHARE, loop_unroll_factor=UNROLL if REF_DIM == 0 else max(UNROLL // 2, 1)):
+        for p in tl.range(0, num_points, SHARE, loop_unroll_factor=UNROLL if REF_DIM == 0 else 1):
             x = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p)), ACC), ref_x, step_x, W, REF_DIM, METHOD)
             y = to_pixel(widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC), ref_y, step_y, H, REF_DIM, METHOD)
             attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)
@@ -105,9 +107,9 @@ def _msda_fwd_kernel(
     if SHARE > 1:
         out = tl.sum(tl.reshape(out, (BLOCK_Q, SHARE, BLOCK_D)), 1)
     PARTS: tl.constexpr = CHUNKS if SHARE == 1 else 1
-    q, mask_q = queries_of_program(shapes_ptr, tl.arange(0, BLOCK_Q), Q, L, BLOCK_Q, WIDTH)
+    row, mask_q = queries(tl.arange(0, BLOCK_Q), tile_H, tile_W, tile_y, tile_x, WIDTH)
     d, mask_d = load_offsets(D, BLOCK_D, 1, PARTS)
-    out_ptr += (b * Q * M + m) * D + (q.to(tl.int64) * (M * D))[:, None] + d
+    out_ptr += (row0 * M + m) * D + (row * (M * D))[:, None] + d
     store_row(out_ptr, out, mask_q[:, None] & mask_d, D, PARTS)
 
 

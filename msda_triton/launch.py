@@ -77,7 +77,8 @@ def kernel_arguments(
         "VEC": vec,
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_K": triton.next_power_of_2(K),
-        "PIXELS": bool(query_sizes),
+        # a program of up to 128 queries counts from its first one in 32 bits
+        "PIXELS": 0 < max(query_sizes, default=0) * 128 * M * max(D, 4 * K) < 2**31,
     }
 
 
@@ -89,7 +90,7 @@ def grid(B: int, Q: int, M: int, query_sizes: list[int]):
         share = split if P > 0 and P % split == 0 else 1
         rows = min(max(meta["TILE"] // (meta["BLOCK_D"] * (1 if meta["VEC"] else 8)), share), 128)
         block_q = rows // share
-        if not query_sizes or not meta["TILE_W"]:
+        if not meta["PIXELS"] or not meta["TILE_W"]:
             return triton.cdiv(Q, block_q), M, B
         width = min(meta["TILE_W"], block_q)
         pairs = zip(query_sizes[::2], query_sizes[1::2], strict=True)

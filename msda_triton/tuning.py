@@ -24,7 +24,7 @@ FORWARD_CONFIGS = [
     _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=2),
     _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=0 SPLIT=1", warps=2),
     _config("TILE=2048 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=4),
-    _config("TILE=1024 LANE_D=8 UNROLL=4 TILE_W=8 SPLIT=1", warps=4),
+    _config("TILE=1024 LANE_D=8 UNROLL=2 TILE_W=8 SPLIT=1", warps=4),
     _config("TILE=256 LANE_D=8 UNROLL=4 TILE_W=4 SPLIT=1", warps=1),
     _config("TILE=512 LANE_D=16 UNROLL=1 TILE_W=2 SPLIT=4", warps=1),
     _config("TILE=256 LANE_D=8 UNROLL=1 TILE_W=2 SPLIT=4", warps=1),
@@ -34,7 +34,7 @@ BACKWARD_CONFIGS = [
     _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2),
     _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=0", warps=2),
     _config("TILE=1024 LANE_D=8 UNROLL=2 TILE_W=8", warps=4),
-    _config("TILE=256 LANE_D=8 UNROLL=1 TILE_W=4", warps=1),
+    _config("TILE=256 LANE_D=8 UNROLL=1 TILE_W=4", warps=1, registers=255),
 ]
 CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
 # an interpreted program costs the same whatever its size
@@ -43,9 +43,10 @@ INTERPRETED_CONFIGS = {
     "backward": _config("TILE=4096 LANE_D=16 UNROLL=1 TILE_W=8", warps=1),
 }
 
-# For the large kernels: fused, or in float64. ptxas spills a few of their registers to fit more programs, unless it may
-# use all that a thread can have.
-_FEW_REGISTERS = _config("TILE=1024 LANE_D=8 UNROLL=1 TILE_W=8", warps=4)
+# For the large kernels: fused, with points per level that differ, or in float64. ptxas spills a few of their registers
+# to fit more programs, unless less is done at once or a thread may use all that it can have.
+_FORWARD_LARGE = _config("TILE=1024 LANE_D=16 UNROLL=2 TILE_W=8 SPLIT=1", warps=2)
+_BACKWARD_LARGE = _config("TILE=1024 LANE_D=8 UNROLL=1 TILE_W=8", warps=4)
 _ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2, registers=255)
 
 # Which configuration runs where nothing is timed: by direction and class of the call, then by architecture ("sm_90"),
@@ -53,11 +54,12 @@ _ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2, regis
 # a spill (benchmarks/results/compile_table.csv), and four times the programs where there are few rows.
 # `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
 TABLE = {
-    ("forward", "many"): {"": FORWARD_CONFIGS[0]},
+    ("forward", "many"): {"": FORWARD_CONFIGS[0], "gfx1100": _FORWARD_LARGE},
     ("forward", "few"): {"": _FEW_QUERIES},
+    ("forward", "large"): {"": _FORWARD_LARGE},
     ("backward", "many"): {"": BACKWARD_CONFIGS[0]},
     ("backward", "few"): {"": BACKWARD_CONFIGS[0]},
-    ("backward", "large"): {"": _FEW_REGISTERS, "sm": _ALL_REGISTERS},
+    ("backward", "large"): {"": _BACKWARD_LARGE, "sm": _ALL_REGISTERS},
 }
 # rows (b, q, m): with fewer, programs of 32 rows leave a large GPU half empty
 _FEW_ROWS = 1 << 15
@@ -88,9 +90,10 @@ def configuration(direction: str, rows: int, arguments: dict) -> triton.Config:
 
 def call_class(direction: str, rows: int, arguments: dict) -> str:
     """The class of a call in TABLE, by its rows of [B, Q, M] and the arguments of its kernel."""
-    if direction == "backward" and (arguments["REF_DIM"] or arguments["ACC"] == tl.float64):
-        return "large"
-    return "few" if rows < _FEW_ROWS else "many"
+    few = rows < _FEW_ROWS
+    if arguments["REF_DIM"] or arguments["P"] == 0 or arguments["ACC"] == tl.float64:
+        return "few" if few and direction == "forward" else "large"
+    return "few" if few else "many"
 
 
 @functools.cache
