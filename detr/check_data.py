@@ -45,19 +45,19 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: byte {error.start}: not json: {error.reason}") from None
 
 
-def check_split(json_path: Path, image_dir: Path, decode: bool) -> tuple[Any, list[Problem]]:
+def check_split(json_path: Path, image_dir: Path, look: str) -> tuple[Any, list[Problem]]:
     """The parsed json of a split and all its faults; the image files are looked at if the json has no fatal one.
 
     Args:
-        decode: read every pixel of the images, not only their headers: finds truncated files.
+        look: at "pixels", every one of the images, which finds truncated files; at their "headers"; or at the "json" only.
 
     Raises:
         DataError: the json is missing or does not parse.
     """
     data = read_json(json_path)
     problems = check_annotations(data, str(json_path))
-    if not any(problem.fatal for problem in problems):
-        problems += _check_images(data, image_dir, str(json_path), decode)
+    if look != "json" and not any(problem.fatal for problem in problems):
+        problems += _check_images(data, image_dir, str(json_path), decode=look == "pixels")
     return data, problems
 
 

@@ -64,13 +64,16 @@ def load(path: Path) -> dict[str, Any]:
 def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config, dict[int, str]]:
     """The model of a checkpoint in evaluation mode, its config, and its classes: raw id -> name, in label order.
 
+    Where the run averaged its weights (`Config.ema`) these are the averaged ones, which its evaluations were of.
+
     Raises:
         CheckpointError: as `load`, or weights that do not fit the config that is stored with them.
     """
     content = load(path)
-    config = config_of(content, path)
+    # the attention takes what this machine has, not what the training had
+    config = replace(config_of(content, path), backend="auto")
     model = build_model(replace(config, pretrained_backbone=False), len(content["class_names"]))
-    load_weights(model, content["model"], path)
+    load_weights(model, content.get("ema", content["model"]), path)
     return model.to(device).eval(), config, classes_of(content)
 
 

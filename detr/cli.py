@@ -179,7 +179,7 @@ def _check_data(options: argparse.Namespace) -> int:
         json_path, image_dir = find_split(
             options.data, split, getattr(options, f"{split}_json"), getattr(options, f"{split}_images")
         )
-        data, problems = check_split(json_path, image_dir, decode=True)
+        data, problems = check_split(json_path, image_dir, look="pixels")
         if not any(problem.fatal for problem in problems):
             report[split] = summary(data)
         print(f"{json_path}:", json.dumps(report.get(split, "not usable")))

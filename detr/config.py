@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
+BACKENDS = ("auto", "triton", "torch", "inductor")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -32,6 +33,7 @@ class Config:
     two_stage: bool = False  # queries start from the encoder's best proposals; needs refine
     aux_loss: bool = True  # losses on every decoder layer, not only the last
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
+    backend: str = "auto"  # of the deformable attention, see msda_triton.ms_deform_attn; of this run only
 
     # loss
     # "focal" (a sigmoid per class), "varifocal" (the same, which learns the IoU of its box, arXiv 2008.13367) or
@@ -58,13 +60,21 @@ class Config:
     beta2: float = 0.999  # AdamW's decay of the squared gradients
     weight_decay: float = 1e-4  # AdamW, on every parameter as the original does
     clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
-    batch_size: int = 32  # images per optimiser step, over all processes
+    batch_size: int = 32  # images per optimiser step, over all processes and accumulated batches
+    accumulate: int = 1  # batches that a process computes one after the other for each optimiser step
     epochs: int = 50  # passes over the training images
     steps: int | None = None  # optimiser steps; if set, they decide and not epochs
     warmup_steps: int = 0  # linear warm-up from 0 to lr
     schedule: str = "step"  # "step": x0.1 at 80 % of the run; "cosine": down to 0
     eval_every: int = 1  # epochs between evaluations
     eval_steps: int | None = None  # optimiser steps between evaluations; if set, they decide and not eval_every
+    patience: int = 0  # evaluations without a better AP after which the run ends; 0 never ends it
+    ema: float = 0.0  # decay of the averaged weights, which are then evaluated and kept in best.pt; 0 averages nothing
+    amp: str = "none"  # "bf16" or "fp16": autocast of the model; boxes, scores, matching and losses stay float32
+    grad_checkpointing: bool = False  # recompute the transformer's layers in the backward: less memory, more time
+    compile: bool = False  # torch.compile of the model while training
+    max_nonfinite: int = 10  # steps in a row whose loss or gradient is not finite, and skipped, before the run ends
+    max_unreadable: int = 10  # image files that cannot be read, and are replaced by others, before the run ends
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -74,23 +84,29 @@ class Config:
             "class_loss": ("focal", "varifocal", "softmax"),
             "augment": ("tiny", "official"),
             "schedule": ("step", "cosine"),
+            "amp": ("none", "bf16", "fp16"),
+            "backend": BACKENDS,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         for field in (
             *("d_model", "n_heads", "ffn_dim", "dec_layers", "n_levels", "enc_points", "dec_points", "n_queries"),
-            *("image_size", "max_size", "batch_size", "epochs", "eval_every"),
+            *("image_size", "max_size", "batch_size", "accumulate", "epochs", "eval_every", "max_nonfinite"),
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         for field in ("steps", "eval_steps"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2: expected a number from 0 to below 1, got {self.beta2}")
+        for field in ("seed", "patience", "max_unreadable"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}: expected at least 0, got {getattr(self, field)}")
+        for field in ("beta2", "ema"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}: expected a number from 0 to below 1, got {getattr(self, field)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
         if self.d_model % 32 or self.d_model % self.n_heads:

@@ -4,7 +4,7 @@ import os
 import signal
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detr import distributed
 from detr.check_data import Problem, check_split
 from detr.config import Config
 from detr.images import DataError, read_image, to_tensor
@@ -29,6 +30,8 @@ LAYOUTS = (
 )
 # resized images are kept in memory if all of a split take no more than this
 CACHE_BYTES = 1 << 30
+# images that are tried, one after the other, in the place of one that cannot be read
+SUBSTITUTES = 20
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,20 @@ def find_split(
     return found_json, found_dir
 
 
-def load_split(json_path: Path, image_dir: Path, categories: dict[int, str] | None = None) -> Split:
+def load_split(
+    json_path: Path, image_dir: Path, categories: dict[int, str] | None = None, read_headers: bool = True
+) -> Split:
     """Read and validate one json and the headers of its images. Warns once about dropped boxes, with their count.
 
     Args:
+        read_headers: False trusts the json about the images, because another process has looked at them.
         categories: the classes that the labels shall mean, id -> name (those of the training set or of a checkpoint);
             None takes those of the json, in the order of their ids.
 
     Raises:
         DataError: a fatal problem (`check_data`); the message names file, id and field, and how many more there are.
     """
-    data, problems = check_split(json_path, image_dir, decode=False)
+    data, problems = check_split(json_path, image_dir, look="headers" if read_headers else "json")
     _raise_or_warn(problems)
 
     declared = {category["id"]: category["name"] for category in data["categories"]}
@@ -160,13 +166,22 @@ class CocoDataset(Dataset):
         transform: (uint8 image [3, H, W], boxes [T, 4] xyxy pixels, labels) -> (float image, boxes, labels).
         resize_to: None, or (shortest side, longest side): images are brought to this size first, and are kept in memory
             as uint8 if all of them fit into CACHE_BYTES. Decoding then happens here, once.
+        blank_unreadable: a file that cannot be read when its item is wanted gives a black image without boxes, and
+            "unreadable" in its target says why.
 
     Raises:
         DataError: an image file is damaged: here if the images are kept in memory, else when it is read.
     """
 
-    def __init__(self, split: Split, transform: Callable, resize_to: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        transform: Callable,
+        resize_to: tuple[int, int] | None = None,
+        blank_unreadable: bool = False,
+    ) -> None:
         self.split = split
+        self.blank_unreadable = blank_unreadable
         self.transform = transform
         self.resize_to = resize_to
         self.cache: list[Tensor] | None = None
@@ -188,9 +203,22 @@ class CocoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.images)
 
+    def sizes(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """(height, width) of images before their transform, in pixels, without reading them."""
+        sizes = ((self.split.images[index].height, self.split.images[index].width) for index in indices)
+        return [tuple(resized_size(*size, *self.resize_to)) if self.resize_to else size for size in sizes]
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image = self.split.images[index]
-        pixels = self._read(image) if self.cache is None else self.cache[index]
+        orig_size = torch.tensor([image.height, image.width])
+        try:
+            pixels = self._read(image) if self.cache is None else self.cache[index]
+        except DataError as error:
+            if not self.blank_unreadable:
+                raise
+            nothing = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4), "orig_size": orig_size}
+            blank = torch.zeros(3, *self.sizes([index])[0])
+            return blank, nothing | {"image_id": image.image_id, "unreadable": [str(error)]}
         height, width = pixels.shape[-2:]
         scale = torch.tensor([width / image.width, height / image.height] * 2)
         real = ~image.crowd
@@ -198,7 +226,6 @@ class CocoDataset(Dataset):
         height, width = pixels.shape[-2:]
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         boxes = torch.cat([centres, boxes[:, 2:] - boxes[:, :2]], 1) / torch.tensor([width, height] * 2)
-        orig_size = torch.tensor([image.height, image.width])
         return pixels, {"labels": labels, "boxes": boxes, "image_id": image.image_id, "orig_size": orig_size}
 
 
@@ -206,26 +233,46 @@ class TrainingStream(Dataset):
     """The endless sequence of training samples: epoch after epoch, each a new permutation of `dataset`.
 
     Sample n is a function of (seed, n) alone, its augmentation included: it does not depend on the number of workers or
-    processes or on where a run was interrupted. A loader over `range(a, b)` continues any run.
+    processes or on where a run was interrupted. A loader over `range(a, b)` continues any run. An image that cannot be
+    read is replaced by the next one of its epoch, and "unreadable" in the target says why.
+
+    Args:
+        batch: images that a process takes at a time. rank, world: with several processes each one has a stream of its
+            own, batch after batch dealt out to them in turn: together they see what one process would.
     """
 
-    def __init__(self, dataset: CocoDataset, seed: int) -> None:
+    def __init__(self, dataset: CocoDataset, seed: int, batch: int = 1, rank: int = 0, world: int = 1) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.batch, self.rank, self.world = batch, rank, world
         self._epoch, self._order = -1, torch.empty(0)
 
-    def __getitem__(self, n: int) -> tuple[Tensor, dict[str, Any]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        mine, i = divmod(index, self.batch)
+        n = (mine * self.world + self.rank) * self.batch + i
         epoch, position = divmod(n, len(self.dataset))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_seed(self.seed, 0, epoch))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, 0, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
         # torchvision's transforms draw from the global CPU generator; torch.manual_seed would reset the GPU's too
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(self.seed, 1, n))
-            return self.dataset[int(self._order[position])]
+            torch.default_generator.manual_seed(seed_of(self.seed, 1, n))
+            return self._readable(position)
+
+    def _readable(self, position: int) -> tuple[Tensor, dict[str, Any]]:
+        """The sample at this position of the epoch, or the first after it that can be read."""
+        unreadable = []
+        for shift in range(min(SUBSTITUTES, len(self.dataset))):
+            try:
+                image, target = self.dataset[int(self._order[(position + shift) % len(self.dataset)])]
+            except DataError as error:
+                unreadable.append(str(error))
+            else:
+                return image, target | ({"unreadable": unreadable} if unreadable else {})
+        raise DataError(f"{len(unreadable)} images one after the other cannot be read, the first: {unreadable[0]}")
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """64 random bits from integers: neighbouring samples must not start from neighbouring states of a generator."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -243,26 +290,32 @@ def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tenso
     return batch, mask, list(targets)
 
 
+def same_size_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Batches of indices whose images have one size, so that none is padded: each result is that of the image alone."""
+    by_size = defaultdict(list)
+    for index, size in enumerate(sizes):
+        by_size[size].append(index)
+    return [group[i : i + batch_size] for group in by_size.values() for i in range(0, len(group), batch_size)]
+
+
 def make_loader(
     dataset: CocoDataset | TrainingStream,
-    batch_size: int,
+    batches: Iterable[Sequence[int]],
     device: torch.device,
     workers: int | None = None,
-    sampler: range | None = None,
 ) -> DataLoader:
     """A loader of collated batches.
 
     Args:
+        batches: the indices of each batch, in order.
         workers: processes that prepare samples; None is none where the images are in memory, else one a CPU, at most 8.
-        sampler: the indices to load, in order; None takes all of the dataset.
     """
     if workers is None:
         source = dataset.dataset if isinstance(dataset, TrainingStream) else dataset
         workers = min(8, os.cpu_count() or 1) if source.cache is None else 0
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=_leave_ctrl_c_to_the_parent,
@@ -277,7 +330,18 @@ def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def validation_loader(split: Split, config: Config, device: torch.device, workers: int | None = None) -> DataLoader:
-    """The images of a split in their order, at the size of `config`."""
-    dataset = CocoDataset(split, evaluation_transform(), (config.image_size, config.max_size))
-    return make_loader(dataset, config.batch_size, device, workers)
+def validation_loader(
+    split: Split, config: Config, device: torch.device, workers: int | None = None, batch_size: int | None = None
+) -> DataLoader:
+    """The images of a split at the size of `config`, batches of one size; with several processes a share of them.
+
+    An image file that cannot be read becomes a black image, and "unreadable" in its target says why.
+
+    Args:
+        batch_size: images at a time; None takes as many as a process has at a time in training.
+    """
+    dataset = CocoDataset(split, evaluation_transform(), (config.image_size, config.max_size), blank_unreadable=True)
+    rank, world = distributed.rank(), distributed.world_size()
+    batch_size = batch_size or max(1, config.batch_size // config.accumulate // world)
+    batches = same_size_batches(dataset.sizes(range(len(dataset))), batch_size)
+    return make_loader(dataset, batches[rank::world], device, workers)

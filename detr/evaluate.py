@@ -1,14 +1,14 @@
-"""COCO average precision by pycocotools, with a table of each class."""
+"""COCO average precision, with a table of each class: by faster-coco-eval if it is installed, else by pycocotools."""
 
 import contextlib
+import importlib.util
 import io
 import time
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,10 +19,19 @@ from detr.progress import progress
 # COCOeval.stats in its order; -1 there means that no ground truth is of the kind
 STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 
+EVALUATORS = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotools"}  # name -> module
 
-def detect(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[int, dict[str, Tensor]]:
-    """The 100 best detections of each image, by image id, on the CPU: see `detr.postprocess`."""
-    detections = {}
+
+def detect(
+    model: nn.Module, loader: DataLoader, device: torch.device
+) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
+    """Detections on the images of a loader, in float32.
+
+    Returns:
+        The 100 best of each image, by image id, on the CPU: see `detr.postprocess`. An image file that cannot be read
+        has none, and a message in the list.
+    """
+    detections, unreadable = {}, []
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -30,16 +39,25 @@ def detect(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[i
             outputs = model(images.to(device), mask.to(device))
             sizes = torch.stack([target["orig_size"] for target in targets]).to(device)
             for target, found in zip(targets, postprocess(outputs, sizes), strict=True):
+                if "unreadable" in target:
+                    unreadable += target["unreadable"]
+                    found = {name: tensor[:0] for name, tensor in found.items()}
                 detections[target["image_id"]] = {name: tensor.cpu() for name, tensor in found.items()}
     model.train(training)
-    return detections
+    return detections, unreadable
 
 
-def coco_metrics(split: Split, detections: dict[int, dict[str, Tensor]]) -> tuple[dict[str, Any], str]:
-    """Metrics of `detections` (as `detect` gives them) on `split`, and COCO's own table as text.
+def coco_metrics(
+    split: Split, detections: dict[int, dict[str, Tensor]], evaluator: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """Metrics of `detections` on `split`, and COCO's own table as text.
 
     Annotations are numbered anew from 1, because pycocotools takes the id 0 for "not matched". Images without
     detections, and no detections at all, are fine.
+
+    Args:
+        detections: by image id, as `detect` gives them.
+        evaluator: a key of EVALUATORS; None takes the first that is installed. Their metrics are the same.
 
     Returns:
         STATS by name, each a fraction or None where there is no ground truth of the kind; "per_class": name -> AP,
@@ -60,12 +78,14 @@ def coco_metrics(split: Split, detections: dict[int, dict[str, Tensor]]) -> tupl
 
     table = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(split, ground_truth), _coco(split, results), "bbox")
+        COCO, COCOeval = _evaluator(evaluator)
+        evaluation = COCOeval(_coco(COCO, split, ground_truth), _coco(COCO, split, results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
+        evaluation.print_function = print  # faster-coco-eval would write its table to the log
         with contextlib.redirect_stdout(table):
             evaluation.summarize()
-    metrics: dict[str, Any] = {name: _fraction(value) for name, value in zip(STATS, evaluation.stats, strict=True)}
+    metrics: dict[str, Any] = {name: _fraction(v) for name, v in zip(STATS, evaluation.stats, strict=False)}
     # [IoU thresholds, recall thresholds, classes, areas, detections allowed]: all areas, 100 detections
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     scores = evaluation.eval["scores"][0, :, :, 0, -1]
@@ -81,11 +101,17 @@ def coco_metrics(split: Split, detections: dict[int, dict[str, Tensor]]) -> tupl
 
 
 def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[dict[str, Any], str]:
-    """`coco_metrics` of a model on the split of `loader.dataset`, with the "images" and the "seconds" it took."""
+    """`coco_metrics` of a model on the split of `loader.dataset`, with the "images" and the "seconds" it took.
+
+    Warns of each image file that cannot be read; they are "unreadable" in the metrics.
+    """
     start = time.perf_counter()
-    detections = detect(model, loader, device)
+    detections, unreadable = detect(model, loader, device)
+    for message in unreadable:
+        warnings.warn(f"{message}; nothing is detected in it", stacklevel=2)
     metrics, table = coco_metrics(loader.dataset.split, detections)
-    return metrics | {"images": len(detections), "seconds": round(time.perf_counter() - start, 3)}, table
+    seconds = round(time.perf_counter() - start, 3)
+    return metrics | {"images": len(detections), "unreadable": len(unreadable), "seconds": seconds}, table
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:
@@ -110,7 +136,21 @@ def _entry(image_id: int, category_id: int, box: list[float]) -> dict[str, Any]:
     }
 
 
-def _coco(split: Split, annotations: list[dict[str, Any]]) -> COCO:
+def _evaluator(name: str | None) -> tuple[Any, Any]:
+    """The classes COCO and COCOeval of an evaluator."""
+    if name is None:
+        name = next(name for name, module in EVALUATORS.items() if importlib.util.find_spec(module))
+    if name == "faster-coco-eval":
+        import faster_coco_eval
+
+        return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    return COCO, COCOeval
+
+
+def _coco(COCO: Any, split: Split, annotations: list[dict[str, Any]]) -> Any:
     # loadRes of pycocotools fails on an empty list; an index made directly does not
     coco = COCO()
     coco.dataset = {

@@ -24,8 +24,18 @@ class Criterion:
         self.config, self.num_classes = config, num_classes
         self.matcher = Matcher()
 
+    def counts(self, targets: list[dict], n_queries: int) -> Tensor:
+        """What the losses of a batch are divided by, [2] on the CPU: its objects, and the class weights of its queries.
+
+        Counts of several batches can be added up. The second is for the softmax loss, a weighted mean over queries.
+        """
+        sizes = [len(target["labels"]) for target in targets]
+        matched = sum(min(size, n_queries) for size in sizes)
+        unmatched = len(sizes) * n_queries - matched
+        return torch.tensor([float(sum(sizes)), matched + self.config.eos_weight * unmatched])
+
     def __call__(
-        self, outputs: dict, targets: list[dict], num_boxes: float | Tensor | None = None
+        self, outputs: dict, targets: list[dict], counts: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its weighted terms.
 
@@ -33,16 +43,16 @@ class Criterion:
             outputs: of the model.
             targets: a dict for each image, on the same device: labels [T] int64 in 0 .. K - 1, and boxes [T, 4] as
                 (cx, cy, w, h) in [0, 1]; T may be 0.
-            num_boxes: divides the sums over boxes. None takes the number of objects in `targets`; where gradients are
-                averaged over processes or batches, give the mean number of objects over all of them.
+            counts: divides the sums over boxes, and for softmax those over queries. None takes `counts` of this batch;
+                where gradients are added up over batches or averaged over processes, give the sum or the mean of theirs.
         Returns:
             The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
             _0, _1, ... those of the layers before and with _enc those of the proposals.
         """
         sizes = [len(target["labels"]) for target in targets]
-        if num_boxes is None:
-            num_boxes = sum(sizes)
-        num_boxes = torch.as_tensor(num_boxes, dtype=torch.float32, device=outputs["boxes"].device).clamp(min=1)
+        if counts is None:
+            counts = at_least_one(self.counts(targets, outputs["boxes"].shape[1]))
+        counts = counts.to(outputs["boxes"].device)
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
         # padding never matches; boxes of ones keep its costs finite
         boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True, padding_value=1.0)
@@ -59,7 +69,7 @@ class Criterion:
                 costs = [matching_cost(*prediction, labels, boxes, self.config) for prediction, labels in groups]
             matches = self.matcher(costs, sizes)
             terms = [
-                self._terms(*prediction, labels, boxes, match, num_boxes)
+                self._terms(*prediction, labels, boxes, match, counts)
                 for (prediction, labels), match in zip(groups, matches, strict=True)
             ]
         terms = torch.cat(terms, 1)  # [3, R of all groups]
@@ -74,7 +84,7 @@ class Criterion:
         labels: Tensor,
         target_boxes: Tensor,
         match: Match,
-        num_boxes: Tensor,
+        counts: Tensor,
     ) -> Tensor:
         """Weighted loss_ce, loss_bbox and loss_giou [3, R] of matched predictions [R, B, N, ...]."""
         R = logits.shape[0]
@@ -88,7 +98,7 @@ class Criterion:
             weight = logits.new_ones(self.num_classes + 1)
             weight[-1] = self.config.eos_weight
             entropy = F.cross_entropy(logits.float().movedim(-1, 1), classes, weight, reduction="none")
-            loss_ce = entropy.flatten(1).sum(1) / weight[classes].flatten(1).sum(1)
+            loss_ce = entropy.flatten(1).sum(1) / counts[1]
         else:
             one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].float()
             if self.config.class_loss == "varifocal":
@@ -97,11 +107,16 @@ class Criterion:
                 loss_ce = varifocal_loss(logits.float(), one_hot, quality[..., None])
             else:
                 loss_ce = sigmoid_focal_loss(logits.float(), one_hot, self.config.focal_alpha, gamma=2)
-            loss_ce = loss_ce.flatten(1).sum(1) / num_boxes
-        loss_bbox = (predicted - wanted).abs().sum((1, 2)) / num_boxes
-        loss_giou = (1 - giou).sum(1) / num_boxes
+            loss_ce = loss_ce.flatten(1).sum(1) / counts[0]
+        loss_bbox = (predicted - wanted).abs().sum((1, 2)) / counts[0]
+        loss_giou = (1 - giou).sum(1) / counts[0]
         config = self.config
         return torch.stack([config.loss_ce * loss_ce, config.loss_bbox * loss_bbox, config.loss_giou * loss_giou])
+
+
+def at_least_one(counts: Tensor) -> Tensor:
+    """`Criterion.counts` of a whole batch with one object if it has none: what can be divided by."""
+    return torch.maximum(counts, counts.new_tensor([1.0, 1e-6]))
 
 
 def varifocal_loss(logits: Tensor, one_hot: Tensor, quality: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from detr.backbone import build_backbone
 from detr.config import Config
-from detr.transformer import Transformer
+from detr.transformer import Transformer, in_float32
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # a class score starts at 0.01 (focal loss, arXiv 1708.02002, section 3.3)
 
@@ -84,7 +84,7 @@ class DeformableDETR(nn.Module):
         hidden, boxes = self.transformer.decoder(*queries, memory, self.bbox_embed)
         first = 0 if self.config.aux_loss else len(hidden) - 1
         predictions = [
-            {"logits": self.class_embed[l](hidden[l]).float(), "boxes": boxes[l]} for l in range(first, len(hidden))
+            {"logits": in_float32(self.class_embed[l], hidden[l]), "boxes": boxes[l]} for l in range(first, len(hidden))
         ]
         return outputs | predictions[-1] | {"aux": predictions[:-1]}
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from detr.boxes import inverse_sigmoid
 from detr.config import Config
@@ -33,7 +34,7 @@ class Memory(NamedTuple):
 def _attention(config: Config, n_levels: int, n_points: int) -> nn.Module:
     if config.attention == "global":
         return nn.MultiheadAttention(config.d_model, config.n_heads, config.dropout, batch_first=True)
-    return MSDeformAttn(config.d_model, n_levels, config.n_heads, n_points)
+    return MSDeformAttn(config.d_model, n_levels, config.n_heads, n_points, backend=config.backend)
 
 
 def _attend(attention: nn.Module, query: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
@@ -43,6 +44,21 @@ def _attend(attention: nn.Module, query: Tensor, reference: Tensor | None, memor
         return attention(query, key, memory.tokens, key_padding_mask=memory.mask, need_weights=False)[0]
     reference = memory.on_levels(reference)
     return attention(query, reference, memory.tokens, memory.shapes, input_padding_mask=memory.mask)
+
+
+def in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` in float32 under autocast too: rounding a box to bfloat16 would move it by pixels."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return module(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.float())
+
+
+def _run(layer: nn.Module, recompute: bool, *args) -> Tensor:
+    """`layer(*args)`; its activations are recomputed in the backward instead of kept, if so wanted while training."""
+    if recompute and layer.training:
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
 
 
 class EncoderLayer(nn.Module):
@@ -84,11 +100,12 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
+        self.recompute = config.grad_checkpointing
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.enc_layers))
 
     def forward(self, memory: Memory) -> Memory:
         for layer in self.layers:
-            memory = memory._replace(tokens=layer(memory))
+            memory = memory._replace(tokens=_run(layer, self.recompute, memory))
         return memory
 
 
@@ -122,7 +139,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.refine = config.refine
+        self.refine, self.recompute = config.refine, config.grad_checkpointing
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.dec_layers))
         self.norm = nn.LayerNorm(config.d_model) if config.attention == "global" else nn.Identity()
 
@@ -136,9 +153,9 @@ class Decoder(nn.Module):
         """
         hidden, boxes = [], []
         for layer, bbox_head in zip(self.layers, bbox_heads, strict=False):  # the first stage's head is one more
-            target = layer(target, query_pos, reference, memory)
+            target = _run(layer, self.recompute, target, query_pos, reference, memory)
             hidden.append(self.norm(target))
-            logit = bbox_head(hidden[-1]).float()
+            logit = in_float32(bbox_head, hidden[-1])
             if reference is not None:
                 logit = logit + F.pad(inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))
             boxes.append(logit.sigmoid())
@@ -213,7 +230,7 @@ class Transformer(nn.Module):
         if self.config.attention == "global":
             return torch.zeros_like(query_embed), query_embed, None
         query_pos, target = query_embed.chunk(2, -1)
-        return target, query_pos, self.reference_points(query_pos).float().sigmoid()
+        return target, query_pos, in_float32(self.reference_points, query_pos).sigmoid()
 
     def propose(self, memory: Memory, class_head: nn.Module, bbox_head: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
         """First stage (appendix A.4): one box for each token, and the boxes [B, Q, 4] of the best without gradient.
@@ -227,8 +244,8 @@ class Transformer(nn.Module):
         anchor_logits = (anchors / (1 - anchors)).log().masked_fill(unusable[..., None], torch.inf)
         x = memory.tokens.masked_fill(unusable[..., None], 0)
         x = self.enc_output_norm(self.enc_output(x))
-        logits = class_head(x).float()
-        boxes = (bbox_head(x).float() + anchor_logits).sigmoid()
+        logits = in_float32(class_head, x)
+        boxes = (in_float32(bbox_head, x) + anchor_logits).sigmoid()
         # column 0 says "object" for this head; padding never comes before a real token, or the batch would matter
         score = logits[..., 0].detach().masked_fill(unusable, -torch.inf)
         best = score.topk(min(self.config.n_queries, score.shape[1]), dim=1).indices

@@ -210,7 +210,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
         raise ValueError(f"{path}: not readable weights: {str(error).splitlines()[0]}") from None
     content = content if isinstance(content, dict) else {}
     names = content.get("class_names") or _hf_class_names(path.with_name("config.json"))
-    weights = {key.removeprefix("module."): value for key, value in content.get("model", content).items()}
+    # of our own checkpoints the averaged weights, if the run averaged them
+    weights = content["ema"] if "ema" in content and "class_names" in content else content.get("model", content)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
     # what a FLOP counter left in the official files, and a counter that frozen norms do not have
     ignored = ("total_ops", "total_params", "num_batches_tracked")
     return {k: v for k, v in weights.items() if isinstance(v, Tensor) and not k.endswith(ignored)}, names

@@ -16,14 +16,18 @@ class MSDeformAttn(nn.Module):
     Args:
         d_model: channels of queries and value tokens, divisible by `n_heads`.
         n_levels: L, number of feature levels. n_heads: M. n_points: P, samples per head and level.
+        backend: as in `ms_deform_attn`; the attribute of this name can be changed later.
     """
 
-    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+    def __init__(
+        self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4, *, backend: str = "auto"
+    ):
         super().__init__()
         if d_model % n_heads:
             raise ValueError(f"d_model: expected a multiple of n_heads = {n_heads}, got {d_model}")
         self.im2col_step = 64  # read by callers of the original; nothing here depends on it
         self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.backend = backend
         self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -78,5 +82,6 @@ class MSDeformAttn(nn.Module):
             self.attention_weights(query).view(B, Q, M, L, P),
             level_start_index=input_level_start_index,
             value_mask=input_padding_mask,
+            backend=self.backend,
         )
         return self.output_proj(out)

@@ -111,8 +111,8 @@ def test_truncated_images_are_found_by_decoding(tmp_path):
     json_path, image_dir = coco_files.write(tmp_path)
     data = (image_dir / "c.png").read_bytes()
     (image_dir / "c.png").write_bytes(data[:-200])
-    assert check_split(json_path, image_dir, decode=False)[1] == []
-    [problem] = check_split(json_path, image_dir, decode=True)[1]
+    assert check_split(json_path, image_dir, look="headers")[1] == []
+    [problem] = check_split(json_path, image_dir, look="pixels")[1]
     assert problem.fatal and problem.entry == "image 9" and "c.png: not a readable image" in str(problem)
 
 

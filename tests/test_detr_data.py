@@ -215,9 +215,10 @@ def test_workers_and_starting_point_do_not_change_the_batches(synthetic):
     stream = TrainingStream(CocoDataset(synthetic, training_transform(config), (32, 32)), seed=1)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    whole = list(make_loader(stream, 4, CPU, 0, range(0, 24)))
+    batches = [range(b, b + 4) for b in range(0, 24, 4)]
+    whole = list(make_loader(stream, batches, CPU, 0))
     for workers in (0, 2):
-        rest = list(make_loader(stream, 4, CPU, workers, range(8, 24)))
+        rest = list(make_loader(stream, batches[2:], CPU, workers))
         torch.testing.assert_close(rest, whole[2:], rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -1,6 +1,8 @@
 """Training: resumed bit for bit, interruptible, and able to learn."""
 
+import itertools
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -8,12 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detr import checkpoint
+from detr import checkpoint, engine
 from detr.checkpoint import CheckpointError
 from detr.config import preset
 from detr.data import find_split, load_split, validation_loader
 from detr.engine import Trainer, TrainingError, evaluation_is_due, lr_factor, train
-from detr.evaluate import evaluate
+from detr.evaluate import detect, evaluate
+from detr.model import build_model
 from detr.synth import write_dataset
 
 CPU = torch.device("cpu")
@@ -40,30 +43,38 @@ def advance(trainer, steps):
 
 
 def assert_same_state(a, b):
-    for key in ("model", "rng"):
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    assert a.keys() == b.keys()
+    for key in ("model", "ema"):
+        torch.testing.assert_close(a.get(key), b.get(key), rtol=0, atol=0)
     torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
     assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
-    for key in ("scheduler", "steps_done", "best_ap"):
+    for key in ("scaler", "steps_done", "best_ap", "stale", "skipped", "unreadable", "averaged"):
         assert a[key] == b[key]
+    assert a.get("ema_steps") == b.get("ema_steps")
     sums = [{name: value for name, value in state["sums"].items() if name != "seconds_per_step"} for state in (a, b)]
     assert sums[0] == sums[1]
 
 
-def test_ten_steps_and_ten_more_are_twenty(splits, tmp_path):
-    straight = Trainer(SMALL, splits[0], CPU)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema": 0.9, "accumulate": 2, "grad_checkpointing": True}, {"amp": "fp16"}],
+    ids=["plain", "ema-accumulate-checkpointing", "fp16"],
+)
+def test_ten_steps_and_ten_more_are_twenty(splits, tmp_path, changes):
+    config = replace(SMALL, **changes)
+    straight = Trainer(config, splits[0], CPU)
     losses = advance(straight, 20)
-    first = Trainer(SMALL, splits[0], CPU)
+    first = Trainer(config, splits[0], CPU)
     begun = advance(first, 10)
     checkpoint.save(tmp_path / "a.pt", first.state())
     torch.rand(100)
-    second = Trainer(SMALL, splits[0], CPU, workers=1)
+    second = Trainer(config, splits[0], CPU, workers=1)
     second.load_state(checkpoint.load(tmp_path / "a.pt"), tmp_path / "a.pt")
     assert begun + advance(second, 10) == losses
     assert_same_state(second.state(), straight.state())
     assert second.finished and list(second.batches()) == []
     # and the seed counts
-    other = Trainer(replace(SMALL, seed=7), splits[0], CPU)
+    other = Trainer(replace(config, seed=7), splits[0], CPU)
     assert advance(other, 3) != losses[:3]
 
 
@@ -102,10 +113,11 @@ def straight_run(splits, tmp_path_factory):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(splits, tmp_path, straight_run, monkeypatch, signum):
     step = Trainer.step
 
-    def interrupted(trainer, batch):
+    def interrupted(trainer, batches, stop):
         if trainer.steps_done == 12:
             os.kill(os.getpid(), signum)
-        return step(trainer, batch)
+            stop = True
+        return step(trainer, batches, stop)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     val = validation_loader(splits[1], SMALL, CPU)
@@ -151,15 +163,193 @@ def test_metrics_are_means_over_the_steps(splits, straight_run):
     assert [row["step"] for row in rows(straight_run) if "AP" in row] == [10, 20]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(splits):
-    trainer = Trainer(SMALL, splits[0], CPU)
-    images, mask, targets = next(trainer.batches())
-    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    targets[1]["boxes"] = targets[1]["boxes"] * float("nan")
-    ids = [target["image_id"] for target in targets]
-    with pytest.raises(TrainingError, match=rf"step 1: loss is nan, on the images \[{ids[0]}, {ids[1]}\]"):
-        trainer.step((images, mask, targets))
+def poison(trainer, monkeypatch, steps):
+    """Boxes that are NaN in these steps, counted from 1."""
+    step = Trainer.step
+
+    def poisoned(trainer, batches, stop=False):
+        if trainer.steps_done + 1 in steps:
+            target = batches[-1][2][-1]
+            target["boxes"] = target["boxes"] * float("nan")
+        return step(trainer, batches, stop)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+
+
+@pytest.mark.filterwarnings("ignore:matching cost")
+def test_a_loss_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch):
+    config = replace(SMALL, steps=8, eval_steps=None, ema=0.9)
+    val = validation_loader(splits[1], config, CPU)
+    trainer = Trainer(config, splits[0], CPU)
+    poison(trainer, monkeypatch, {3, 5})
+    before = {}
+    for batches in itertools.islice(trainer.batches(), 3):
+        if trainer.steps_done == 2:
+            before = {name: tensor.clone() for name, tensor in trainer.state()["model"].items()}
+        loss = trainer.step(batches)
+    assert math.isnan(loss) and trainer.skipped == 1 and trainer.steps_done == 3
     torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
+
+    trainer = Trainer(config, splits[0], CPU)
+    ids = [[target["image_id"] for target in batch[2]] for [batch] in trainer.batches()]
+    with (
+        pytest.warns(UserWarning, match=r"step 3: the loss is not finite, on the images .*; the step is skipped"),
+        pytest.warns(UserWarning, match=r"step 5: the loss is not finite"),
+    ):
+        metrics = train(trainer, val, tmp_path, {})
+    assert metrics["step"] == 8 and trainer.skipped == 0
+    noted = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    files = ["nonfinite_step3_rank0.pt", "nonfinite_step5_rank0.pt"]
+    assert noted == [
+        {"step": step, "rank": 0, "loss": None, "image_ids": ids[step - 1], "file": file}
+        for step, file in zip((3, 5), files, strict=True)
+    ]
+    [kept] = torch.load(tmp_path / files[0], weights_only=True)
+    assert kept["images"].shape == (2, 3, 64, 64) and kept["targets"][1]["boxes"].isnan().all()
+    [row] = [row for row in rows(tmp_path) if "loss" in row]
+    assert math.isfinite(row["loss"])  # the mean of the steps that were made
+
+
+@pytest.mark.filterwarnings("ignore:matching cost")
+def test_too_many_losses_in_a_row_that_are_not_finite_end_the_run(splits, tmp_path, monkeypatch):
+    config = replace(SMALL, steps=8, eval_steps=2, max_nonfinite=3)
+    val = validation_loader(splits[1], config, CPU)
+    trainer = Trainer(config, splits[0], CPU)
+    poison(trainer, monkeypatch, {3, 5, 6, 7})
+    with (
+        pytest.raises(TrainingError, match=r"step 7: the loss is not finite, on the images \[\d, \d\].*3 such steps"),
+        pytest.warns(UserWarning, match="the step is skipped"),
+    ):
+        train(trainer, val, tmp_path, {})
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["steps_done"] == 6
+    assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 4
+    assert len(list(tmp_path.glob("nonfinite_step*.pt"))) == 3  # tensors of the first ones only
+
+
+def test_an_overflow_of_float16_halves_the_scale(splits):
+    trainer = Trainer(replace(SMALL, amp="fp16"), splits[0], CPU)
+    advance(trainer, 1)
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**60})
+    [loss] = advance(trainer, 1)
+    assert math.isfinite(loss) and trainer.skipped == 0 and trainer.steps_done == 2
+    assert trainer.scaler.get_scale() == 2.0**59
+    torch.testing.assert_close(list(trainer.model.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_keeps_the_loss_close(splits, amp):
+    exact = advance(Trainer(replace(SMALL, dropout=0.0), splits[0], CPU), 3)
+    trainer = Trainer(replace(SMALL, dropout=0.0, amp=amp), splits[0], CPU)
+    assert advance(trainer, 3) == pytest.approx(exact, rel=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+def test_accumulated_batches_are_one_batch(splits, class_loss):
+    # at small rates, because Adam makes steps of full size from the rounding of gradients that are zero
+    config = replace(
+        SMALL, dropout=0.0, batch_size=4, lr=1e-4, lr_backbone=1e-4, class_loss=class_loss, two_stage=False
+    )
+    at_once, parts = (Trainer(replace(config, accumulate=n), splits[0], CPU) for n in (1, 4))
+    assert advance(parts, 5) == pytest.approx(advance(at_once, 5), rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient(splits):
+    config = replace(SMALL, dropout=0.3)
+    runs = []
+    for recompute in (False, True):
+        trainer = Trainer(replace(config, grad_checkpointing=recompute), splits[0], CPU)
+        calls = []
+        trainer.model.transformer.encoder.layers[0].linear1.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        runs.append((advance(trainer, 2), trainer.state()["model"], len(calls)))
+    assert runs[0][0] == runs[1][0]
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=0, atol=0)
+    assert (runs[0][2], runs[1][2]) == (2, 4)  # once more in each backward
+
+
+def test_averaged_weights_are_evaluated_and_kept(splits, tmp_path):
+    config = replace(SMALL, steps=4, eval_steps=2, ema=0.5, dropout=0.0)
+    trainer = Trainer(config, splits[0], CPU)
+    name = "transformer.level_embed"
+    averaged = None
+    for n, batches in enumerate(trainer.batches()):
+        trainer.step(batches)
+        current = trainer.model.state_dict()[name]
+        decay = min(0.5, (1 + n) / (10 + n))
+        averaged = current.clone() if n == 0 else decay * averaged + (1 - decay) * current
+    torch.testing.assert_close(trainer.ema.module.state_dict()[name], averaged)
+    val = validation_loader(splits[1], config, CPU)
+    metrics = train(Trainer(config, splits[0], CPU), val, tmp_path, {})
+    for file in ("best.pt", "checkpoint.pt"):
+        content = checkpoint.load(tmp_path / file)
+        assert content["averaged"]
+        model, _, _ = checkpoint.load_model(tmp_path / file, CPU)
+        if content["steps_done"] == 4:
+            torch.testing.assert_close(model.state_dict()[name], averaged)
+            assert evaluate(model, val, CPU)[0]["AP"] == metrics["AP"]
+    assert not torch.equal(checkpoint.load(tmp_path / "checkpoint.pt")["model"][name], averaged)
+
+
+def test_a_run_that_gets_no_better_ends_early(splits, tmp_path, monkeypatch):
+    aps = iter([0.2, 0.3, 0.1, 0.3, 0.9])
+    validate = engine._validate
+
+    def scripted(trainer, val):
+        detections, metrics, table = validate(trainer, val)
+        return detections, metrics | {"AP": next(aps)}, table
+
+    monkeypatch.setattr(engine, "_validate", scripted)
+    config = replace(SMALL, steps=10, eval_steps=1, patience=2)
+    val = validation_loader(splits[1], config, CPU)
+    trainer = Trainer(config, splits[0], CPU)
+    metrics = train(trainer, val, tmp_path, {})
+    assert (trainer.steps_done, metrics["best_AP"], metrics["AP"]) == (4, 0.3, 0.3)
+    assert checkpoint.load(tmp_path / "best.pt")["steps_done"] == 2
+    # it stays ended when it is resumed
+    resumed = Trainer(config, splits[0], CPU)
+    resumed.load_state(checkpoint.load(tmp_path / "checkpoint.pt"), tmp_path / "checkpoint.pt")
+    assert train(resumed, val, tmp_path, {})["AP"] == 0.9 and resumed.steps_done == 4
+
+
+def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path):
+    config = replace(SMALL, augment="official", steps=7, eval_steps=None, eval_every=9, max_unreadable=1)
+    write_dataset(tmp_path / "data", 7, 3, 64, 0)
+    split = load_split(*find_split(tmp_path / "data", "train"))
+    trainer = Trainer(config, split, CPU, workers=0)
+    broken = split.images[4]
+    broken.path.write_bytes(broken.path.read_bytes()[:-500])
+    val = validation_loader(splits[1], config, CPU)
+    with pytest.warns(UserWarning, match=f"image {broken.image_id}: {broken.path}: not a readable image") as caught:
+        assert train(trainer, val, tmp_path / "run", {}) is not None
+    assert len([w for w in caught if "not a readable image" in str(w.message)]) == 1  # in two epochs
+    assert len(trainer.unreadable) == 1
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["unreadable"] == trainer.unreadable
+
+    second = split.images[1]
+    second.path.write_bytes(second.path.read_bytes()[:-500])
+    trainer = Trainer(config, split, CPU, workers=1)
+    with (
+        pytest.raises(
+            TrainingError, match=r"step \d: 2 image files cannot be read, and max_unreadable is 1; the last: "
+        ),
+        pytest.warns(UserWarning, match="not a readable image"),
+    ):
+        advance(trainer, 7)
+
+
+def test_an_image_that_is_truncated_counts_as_missed_in_the_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr("detr.data.CACHE_BYTES", 0)
+    write_dataset(tmp_path, 1, 3, 64, 0)
+    split = load_split(*find_split(tmp_path, "val"))
+    val = validation_loader(split, SMALL, CPU, workers=0)
+    split.images[1].path.write_bytes(split.images[1].path.read_bytes()[:-500])
+    model = build_model(SMALL, 4)
+    with pytest.warns(UserWarning, match=f"{split.images[1].path}: not a readable image.*; nothing is detected in it"):
+        metrics, _ = evaluate(model, val, CPU)
+    assert (metrics["images"], metrics["unreadable"]) == (3, 1)
+    detections, _ = detect(model, val, CPU)
+    assert [len(detections[image.image_id]["scores"]) for image in split.images] == [32, 0, 32]
 
 
 def test_learning_rates():

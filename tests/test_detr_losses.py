@@ -139,18 +139,21 @@ def test_every_loss_by_the_formula(config):
     assert not any(value.requires_grad for value in losses.values())
 
 
-def test_images_share_nothing_but_the_count():
+@pytest.mark.parametrize("config", [FOCAL, SOFTMAX], ids=["focal", "softmax"])
+def test_images_share_nothing_but_the_counts(config):
     targets = make_targets(3, 2)
-    outputs = make_outputs(2, FOCAL)
-    criterion = Criterion(FOCAL, K)
+    outputs = make_outputs(2, config)
+    criterion = Criterion(config, K)
     together = criterion(outputs, targets)[0]
+    counts = sum(criterion.counts(targets[b : b + 1], N) for b in range(2))
+    assert counts.tolist() == pytest.approx([5, 5 + 5 * config.eos_weight])
     parts = []
     for b in range(2):
         only = {key: outputs[key][b : b + 1] for key in ("logits", "boxes")}
         only["aux"] = [{key: value[b : b + 1] for key, value in outputs["aux"][0].items()}]
-        parts.append(criterion(only, targets[b : b + 1], num_boxes=5)[0])
+        parts.append(criterion(only, targets[b : b + 1], counts)[0])
     torch.testing.assert_close(together, sum(parts))
-    torch.testing.assert_close(criterion(outputs, targets, num_boxes=torch.tensor(10.0))[0], together / 2)
+    torch.testing.assert_close(criterion(outputs, targets, 2 * counts)[0], together / 2)
 
 
 @pytest.mark.parametrize(

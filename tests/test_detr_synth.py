@@ -30,7 +30,7 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
 def test_a_written_dataset_has_no_fault(tmp_path):
     write_dataset(tmp_path, 12, 3, 96, 0)
     for split, count in (("train", 12), ("val", 3)):
-        data, problems = check_split(tmp_path / f"instances_{split}.json", tmp_path / split, decode=True)
+        data, problems = check_split(tmp_path / f"instances_{split}.json", tmp_path / split, look="pixels")
         assert problems == []
         assert len(data["images"]) == count
         assert [category["name"] for category in data["categories"]] == list(CLASSES)

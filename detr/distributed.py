@@ -1,0 +1,86 @@
+"""One run over several processes that torchrun started: who this process is, and the little that they tell each other."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+# others wait this long while the first process checks data or computes an average precision
+PATIENCE = timedelta(days=7)
+_objects: dist.ProcessGroup | None = None  # for Python objects, on the CPU
+
+
+def join(device: torch.device) -> torch.device:
+    """Join the processes of this run, if torchrun started it; the device of this process.
+
+    On GPUs they talk by NCCL, and each takes the GPU of its local rank; on CPUs by gloo.
+    """
+    global _objects
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _objects = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return device
+
+
+def leave() -> None:
+    """Undo `join`."""
+    global _objects
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _objects = None
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """`tensor`, replaced by its sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=_objects)
+    return values
+
+
+def gather_on_main(value: T) -> list[T] | None:
+    """The values of all processes on the main one, None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, group=_objects)
+    return values
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What `compute` gives on the main process, which alone calls it, on all of them."""
+    values = [compute() if is_main() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, group=_objects)
+    return values[0]
