@@ -49,7 +49,7 @@ def check_split(json_path: Path, image_dir: Path, look: str) -> tuple[Any, list[
     """The parsed json of a split and all its faults; the image files are looked at if the json has no fatal one.
 
     Args:
-        look: at "pixels", every one of the images, which finds truncated files; at their "headers"; or at the "json" only.
+        look: at all "pixels" of the images, which finds truncated files, at their "headers", or at the "json" only.
 
     Raises:
         DataError: the json is missing or does not parse.

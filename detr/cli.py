@@ -13,25 +13,15 @@ import torch
 
 from detr import checkpoint
 from detr.check_data import check_split, summary
-from detr.config import PRESETS, Config, preset
+from detr.cli_train import add_flags, run_training
 from detr.data import find_split, load_split, validation_loader
-from detr.engine import Trainer, TrainingError, train
 from detr.evaluate import evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError
 from detr.predict import find_images, predict
 from detr.synth import write_dataset
-from detr.weights import export_weights, load_weights
-
-# flags of `train` that replace a field of the preset: type, unit
-_CONFIG_FLAGS = {
-    "steps": (int, "optimiser steps"),
-    "epochs": (int, "passes over the training images; used where steps is not set"),
-    "batch_size": (int, "images per optimiser step"),
-    "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
-    "image_size": (int, "shortest side of an image in the model, pixels"),
-    "seed": (int, "of initialisation, order and augmentation"),
-}
+from detr.trainer import TrainingError
+from detr.weights import export_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,22 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--data", type=Path, help="folder of a COCO-format dataset")
     _add_split_names(training, "train")
     _add_split_names(training, "val")
-    presets = f"model and recipe, one of {', '.join(PRESETS)} (%(default)s)"
-    training.add_argument("--preset", choices=PRESETS, default="tiny", metavar="NAME", help=presets)
-    training.add_argument("--out", type=Path, default=Path("runs/train"), help="new run directory (%(default)s)")
-    training.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
-    training.add_argument(
-        "--weights",
-        type=Path,
-        help="start from the weights in this file or folder: ours, official, Hugging Face, torchvision",
-    )
-    for name, (kind, unit) in _CONFIG_FLAGS.items():
-        flag = f"--{name.replace('_', '-')}"
-        training.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=f"{unit} (the preset's)")
-    training.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the config, value as json"
-    )
-    training.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
+    add_flags(training)
     _add_device(training)
 
     evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
@@ -195,86 +170,7 @@ def _check_data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    device = _device(options)
-    out = options.resume or options.out
-    path = out / "checkpoint.pt"
-    if options.resume:
-        state = checkpoint.load(path)
-        config, data = _resumed_config(options, state), state["data"]
-    elif options.data is None:
-        raise DataError("--data: expected the folder of a dataset, got nothing")
-    elif path.exists():
-        raise DataError(f"{path}: a run is here already: continue it with --resume {out}, or choose another --out")
-    else:
-        config = _config(options)
-        data = {
-            name: getattr(options, name) for name in ("data", "train_json", "train_images", "val_json", "val_images")
-        }
-        data = {name: str(value) for name, value in data.items() if value is not None}
-
-    splits = {}
-    for name in ("train", "val"):
-        given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
-        files = find_split(Path(data["data"]), name, *given)
-        splits[name] = load_split(*files, splits["train"].categories if name == "val" else None)
-    most = max(int((~image.crowd).sum()) for image in splits["train"].images)
-    if most > config.n_queries:
-        warnings.warn(
-            f"an image has {most} objects, and only n_queries = {config.n_queries} can be found", stacklevel=1
-        )
-
-    try:
-        trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
-    except RuntimeError as error:  # the backbone's weights cannot be downloaded
-        raise TrainingError(str(error)) from error
-    val = validation_loader(splits["val"], config, device, options.workers)
-    if options.resume:
-        trainer.load_state(state, path)
-    elif options.weights:
-        try:
-            print(load_weights(trainer.model, options.weights, trainer.split.class_names))
-        except ValueError as error:
-            raise checkpoint.CheckpointError(str(error)) from None
-    millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
-    images = f"{len(splits['train'].images)} training and {len(splits['val'].images)} validation images"
-    print(f"{config.name}: {millions:.2f} M parameters; {images}; {len(trainer.split.categories)} classes")
-    print(f"{trainer.total_steps} steps of {config.batch_size} images, lr {config.lr:g}, on {device}; results in {out}")
-    metrics = train(trainer, val, out, data)
-    if metrics is None:
-        print(f"stopped after step {trainer.steps_done}; continue with: detr train --resume {out}")
-        return 130
-    print(f"{out}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; see curves.png and predictions.png there")
-    return 0
-
-
-def _config(options: argparse.Namespace) -> Config:
-    overrides = {name: getattr(options, name) for name in _CONFIG_FLAGS if hasattr(options, name)}
-    for text in options.set:
-        name, _, value = text.partition("=")
-        try:
-            overrides[name] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[name] = value
-    if options.no_pretrained:
-        overrides["pretrained_backbone"] = False
-    if "epochs" in overrides:
-        overrides.setdefault("steps", None)
-    base = PRESETS[options.preset]
-    if "lr" in overrides:
-        overrides.setdefault("lr_backbone", base.lr_backbone * overrides["lr"] / base.lr)
-    if "image_size" in overrides:
-        overrides.setdefault("max_size", round(base.max_size * overrides["image_size"] / base.image_size))
-    try:
-        return preset(options.preset, **overrides)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-
-
-def _resumed_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
-    changed = [name for name in _CONFIG_FLAGS if hasattr(options, name)] + options.set
-    if changed:
-        raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
-    return checkpoint.config_of(state, options.resume)
+    return run_training(options, _device(options))
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
+RECIPES = ("official", "finetune", "tiny")
 BACKENDS = ("auto", "triton", "torch", "inductor")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -54,6 +55,7 @@ class Config:
     augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip at one size
 
     # training
+    recipe: str = "official"  # one of RECIPES, which the fields below come from; for people
     lr: float = 2e-4  # AdamW learning rate of everything that has no rate of its own
     lr_backbone: float = 2e-5  # of the backbone; 0 freezes it
     lr_offsets_mult: float = 0.1  # factor on lr for sampling offsets and reference points
@@ -84,6 +86,7 @@ class Config:
             "class_loss": ("focal", "varifocal", "softmax"),
             "augment": ("tiny", "official"),
             "schedule": ("step", "cosine"),
+            "recipe": RECIPES,
             "amp": ("none", "bf16", "fp16"),
             "backend": BACKENDS,
         }
@@ -163,6 +166,7 @@ _TINY = Config(
     loss_ce=1.0,
     image_size=160,
     max_size=320,
+    recipe="tiny",
     augment="tiny",
     lr=2e-3,
     lr_backbone=4e-3,
@@ -208,12 +212,52 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def preset(name: str, **overrides: Any) -> Config:
-    """The named preset with some fields replaced.
+# what a recipe decides
+_RECIPE_FIELDS = (
+    *("augment", "lr", "lr_backbone", "lr_offsets_mult", "beta2", "weight_decay", "clip_norm", "batch_size"),
+    *("epochs", "steps", "warmup_steps", "schedule", "eval_every", "eval_steps", "ema"),
+)
+
+
+def recipe_fields(recipe: str, preset_name: str) -> dict[str, Any]:
+    """The fields that a recipe sets for a preset.
+
+    "official" is what the preset's row of the paper was trained with (for a tiny preset, what Deformable DETR was),
+    from an ImageNet backbone; "finetune" is for weights that were trained on other boxes before; "tiny" is for small
+    models and images, from random weights.
 
     Raises:
-        ValueError: unknown preset or field, or values that do not fit together.
+        ValueError: unknown recipe.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    source = PRESETS[preset_name]
+    if (source.recipe == "tiny") != (recipe == "tiny"):
+        source = _TINY if recipe == "tiny" else _DEFORMABLE
+    fields = {name: getattr(source, name) for name in _RECIPE_FIELDS}
+    if recipe == "finetune":
+        fields |= {"lr": 1e-4, "lr_backbone": 1e-5, "batch_size": 16, "epochs": 24, "steps": None, "ema": 0.999}
+    return fields | {"recipe": recipe}
+
+
+def departures(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields in which a config is not as its recipe says, the length of the run apart: name -> (recipe's, config's)."""
+    fields = recipe_fields(config.recipe, config.name) if config.name in PRESETS else {}
+    of_length = ("epochs", "steps", "eval_every", "eval_steps")
+    pairs = {name: (value, getattr(config, name)) for name, value in fields.items() if name not in of_length}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def preset(name: str, recipe: str | None = None, **overrides: Any) -> Config:
+    """The named preset with some fields replaced.
+
+    Args:
+        recipe: one of RECIPES; None leaves the preset's own.
+
+    Raises:
+        ValueError: unknown preset, recipe or field, or values that do not fit together.
     """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return Config.from_dict(PRESETS[name].to_dict() | overrides)
+    fields = recipe_fields(recipe, name) if recipe else {}
+    return Config.from_dict(PRESETS[name].to_dict() | fields | overrides)

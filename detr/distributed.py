@@ -1,4 +1,4 @@
-"""One run over several processes that torchrun started: who this process is, and the little that they tell each other."""
+"""One run over several processes that torchrun started: who this one is, and the little that they tell each other."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def join(device: torch.device) -> torch.device:
     On GPUs they talk by NCCL, and each takes the GPU of its local rank; on CPUs by gloo.
     """
     global _objects
-    if not dist.is_torchelastic_launched():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -76,6 +76,11 @@ def gather_on_main(value: T) -> list[T] | None:
     values = [None] * world_size() if is_main() else None
     dist.gather_object(value, values, group=_objects)
     return values
+
+
+def wait() -> None:
+    """Until all processes have come here."""
+    gather(None)
 
 
 def from_main(compute: Callable[[], T]) -> T:

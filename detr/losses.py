@@ -44,7 +44,7 @@ class Criterion:
             targets: a dict for each image, on the same device: labels [T] int64 in 0 .. K - 1, and boxes [T, 4] as
                 (cx, cy, w, h) in [0, 1]; T may be 0.
             counts: divides the sums over boxes, and for softmax those over queries. None takes `counts` of this batch;
-                where gradients are added up over batches or averaged over processes, give the sum or the mean of theirs.
+                where gradients are added up over batches or averaged over processes, give the sum or mean of theirs.
         Returns:
             The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
             _0, _1, ... those of the layers before and with _enc those of the proposals.

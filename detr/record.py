@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: metrics to a file, to TensorBoard and to Weights & Biases, and batches that failed."""
+"""What a run writes while it goes on: metrics to a file, TensorBoard and Weights & Biases; and batches that failed."""
 
 import contextlib
 import json

@@ -1,0 +1,218 @@
+"""The subcommand `train`: its flags, and from them a trainer and a run directory."""
+
+import argparse
+import importlib.util
+import json
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr import checkpoint, distributed
+from detr.config import BACKENDS, PRESETS, RECIPES, Config, departures, preset
+from detr.data import Split, find_split, load_split, validation_loader
+from detr.engine import train
+from detr.images import DataError
+from detr.trainer import Trainer, TrainingError
+from detr.weights import load_weights
+
+# flags that replace a field of the preset: type or choices, text
+CONFIG_FLAGS = {
+    "steps": (int, "optimiser steps"),
+    "epochs": (int, "passes over the training images; used where steps is not set"),
+    "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
+    "accumulate": (int, "batches that a process computes one after the other for a step; saves memory"),
+    "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
+    "image_size": (int, "shortest side of an image in the model, pixels"),
+    "ema": (float, "decay of averaged weights, e.g. 0.999; 0 averages none"),
+    "amp": (("none", "bf16", "fp16"), "autocast of the model; boxes and losses stay float32"),
+    "patience": (int, "evaluations without a better AP that end the run; 0 never does"),
+    "backend": (BACKENDS, "of the deformable attention: inductor is faster on CPUs and needs a C++ compiler"),
+    "seed": (int, "of initialisation, order, augmentation and dropout"),
+}
+SWITCHES = {
+    "compile": "torch.compile the model: slow first steps, fast later ones",
+    "grad_checkpointing": "recompute the transformer's layers in the backward: less memory, more time",
+}
+_DATA = ("data", "train_json", "train_images", "val_json", "val_images")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train`, those of the data and the device apart."""
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="tiny", metavar="NAME", help=f"model: {', '.join(PRESETS)} (%(default)s)"
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="how it is trained: official, as in the paper, from an ImageNet backbone; finetune, from --weights of a "
+        "detector; tiny, small models from nothing (the preset's)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="new run directory (%(default)s)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="start from the weights in this file or folder: ours, official, Hugging Face, torchvision",
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
+    for name, (kind, text) in CONFIG_FLAGS.items():
+        values = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=f"{text} (the recipe's)", **values)
+    for name, text in SWITCHES.items():
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, action="store_true", help=text)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the config, value as json"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases, if installed")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def run_training(options: argparse.Namespace, device: torch.device) -> int:
+    """Train as the flags say; the exit code."""
+    device = distributed.join(device)
+    if not distributed.is_main():
+        warnings.simplefilter("ignore")
+    code = _run(options, device)
+    distributed.leave()
+    return code
+
+
+def _run(options: argparse.Namespace, device: torch.device) -> int:
+    out = options.resume or options.out
+    path = out / "checkpoint.pt"
+    if options.resume:
+        state = checkpoint.load(path)
+        config, data = _resumed_config(options, state), state["data"]
+    else:
+        if distributed.from_main(path.exists):
+            raise DataError(f"{path}: a run is here already: continue it with --resume {out}, or choose another --out")
+        config, data = _config(options), distributed.from_main(lambda: _data(options))
+
+    # the main process looks at the files first: one message for a fault, and no storm of reads
+    splits = _load(data, read_headers=True) if distributed.is_main() else {}
+    distributed.wait()
+    splits = splits or _load(data, read_headers=False)
+    most = max(int((~image.crowd).sum()) for image in splits["train"].images)
+    if most > config.n_queries:
+        warnings.warn(
+            f"an image has {most} objects, and only n_queries = {config.n_queries} can be found", stacklevel=1
+        )
+    try:
+        trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
+    except RuntimeError as error:  # the backbone's weights cannot be downloaded
+        raise TrainingError(str(error)) from error
+    val = validation_loader(splits["val"], config, device, options.workers)
+    report = None
+    if options.resume:
+        trainer.load_state(state, path)
+    elif options.weights:
+        try:
+            report = load_weights(trainer.model, options.weights, trainer.split.class_names)
+        except ValueError as error:
+            raise checkpoint.CheckpointError(str(error)) from None
+    elif config.recipe == "finetune":
+        warnings.warn("recipe finetune is for the --weights of a detector, and none are given", stacklevel=1)
+    if distributed.is_main():
+        if report:
+            print(report)
+        _introduce(trainer, val.dataset.split, out)
+    metrics = train(trainer, val, out, data)
+    if distributed.is_main():
+        if metrics is None:
+            print(f"stopped after step {trainer.steps_done}; continue with: detr train --resume {out}")
+        else:
+            if trainer.out_of_patience:
+                print(f"ended at step {trainer.steps_done}: no better AP in {trainer.stale} evaluations")
+            print(
+                f"{out}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}; see curves.png and predictions.png there"
+            )
+    return 130 if metrics is None else 0
+
+
+def _data(options: argparse.Namespace) -> dict[str, Any]:
+    """What a run keeps about its data, and about Weights & Biases."""
+    if options.data is None:
+        raise DataError("--data: expected the folder of a dataset, got nothing")
+    data: dict[str, Any] = {name: str(value) for name in _DATA if (value := getattr(options, name)) is not None}
+    if options.wandb:
+        if not importlib.util.find_spec("wandb"):
+            raise DataError("--wandb: the package wandb is not installed")
+        data["wandb"] = {"project": options.wandb, "id": uuid.uuid4().hex[:12]}
+    return data
+
+
+def _load(data: dict[str, Any], read_headers: bool) -> dict[str, Split]:
+    splits: dict[str, Split] = {}
+    for name in ("train", "val"):
+        given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
+        files = find_split(Path(data["data"]), name, *given)
+        categories = splits["train"].categories if name == "val" else None
+        splits[name] = load_split(*files, categories, read_headers)
+    return splits
+
+
+def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
+    """Say what will be trained, how, and where that is not what the recipe says."""
+    config = trainer.config
+    millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
+    images = f"{len(trainer.split.images)} training and {len(val.images)} validation images"
+    print(f"{config.name}: {millions:.2f} M parameters; {images}; {len(trainer.split.categories)} classes")
+    size = config.batch_size // config.accumulate // trainer.world
+    batch = f"{trainer.world} processes x {config.accumulate} accumulated batches x {size} images"
+    passes = trainer.total_steps * config.batch_size / len(trainer.split.images)
+    steps = f"{trainer.total_steps} steps of {config.batch_size} images = {passes:.1f} epochs"
+    print(f"recipe {config.recipe}: {steps}; a step: {batch}")
+    rates = ", ".join(
+        f"{group['name']} {peak:g}"
+        for group, peak in zip(trainer.optimizer.param_groups, trainer.peak_rates, strict=True)
+    )
+    decay = "x0.1 after 80 %" if config.schedule == "step" else "cosine to 0"
+    averaging = f"; EMA {config.ema:g}" if config.ema else ""
+    print(f"AdamW rates: {rates}; warm-up {config.warmup_steps} steps, {decay}{averaging}; autocast {config.amp}")
+    print(f"on {trainer.device}; results in {out}")
+    changed = departures(config)
+    if changed:
+        text = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
+        if "batch_size" in changed and "lr" not in changed:
+            theirs, ours = changed["batch_size"]
+            root = config.lr * (ours / theirs) ** 0.5
+            text += f"; the rates were not scaled with the batch (the square-root rule for Adam: --lr {root:.2g})"
+        warnings.warn(f"not as in recipe {config.recipe}: {text}", stacklevel=1)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    names = (*CONFIG_FLAGS, *SWITCHES)
+    overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    for text in options.set:
+        name, _, value = text.partition("=")
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = value
+    if options.no_pretrained:
+        overrides["pretrained_backbone"] = False
+    if "epochs" in overrides:
+        overrides.setdefault("steps", None)
+    base = preset(options.preset, options.recipe)
+    if "lr" in overrides:
+        overrides.setdefault("lr_backbone", base.lr_backbone * overrides["lr"] / base.lr)
+    if "image_size" in overrides:
+        overrides.setdefault("max_size", round(base.max_size * overrides["image_size"] / base.image_size))
+    try:
+        return preset(options.preset, options.recipe, **overrides)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def _resumed_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
+    changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
+    changed += [name for name in ("recipe", "wandb", "weights") if getattr(options, name)]
+    if changed:
+        raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
+    return checkpoint.config_of(state, options.resume)

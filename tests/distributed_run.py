@@ -1,0 +1,98 @@
+"""What tests/test_detr_distributed.py runs in two processes: `torchrun distributed_run.py DATA OUT`."""
+
+import itertools
+import os
+import signal
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from detr import cli, distributed
+from detr.config import preset
+from detr.data import find_split, load_split, validation_loader
+from detr.engine import train
+from detr.evaluate import detect
+from detr.trainer import Trainer
+
+CPU = torch.device("cpu")
+# small rates, because Adam makes steps of full size from the rounding of gradients that are zero
+CONFIG = preset(
+    "tiny_refine",
+    **{"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "image_size": 64, "max_size": 64, "batch_size": 4},
+    **{"lr": 1e-4, "lr_backbone": 1e-4, "steps": 5, "warmup_steps": 0, "eval_steps": 5, "ema": 0.5},
+)
+
+
+def take(trainer: Trainer, steps: int, change=None) -> list[float]:
+    """Losses of the next steps; `change` may alter the targets of a batch before."""
+    losses = []
+    for batches in itertools.islice(trainer.batches(), steps):
+        if change:
+            change([target for _, _, targets in batches for target in targets])
+        losses.append(trainer.step(batches))
+    return losses
+
+
+def without_objects(targets: list[dict]) -> None:
+    for target in targets:
+        target["labels"], target["boxes"] = target["labels"][:0], target["boxes"][:0]
+
+
+def main(data: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.join(CPU)
+    rank = distributed.rank()
+    train_split = load_split(*find_split(data, "train"))
+    val_split = load_split(*find_split(data, "val"), train_split.categories)
+    found = {}
+    for name, changes in {
+        "focal": {},
+        "accumulated": {"accumulate": 2},
+        "softmax": {"class_loss": "softmax"},
+        "last_layer_only": {"aux_loss": False},
+    }.items():
+        trainer = Trainer(replace(CONFIG, **changes), train_split, CPU)
+        found[name] = take(trainer, 5), trainer.sums["grad_norm"], trainer.state()["model"], trainer.state()["ema"]
+
+    trainer = Trainer(CONFIG, train_split, CPU)
+    found["one_rank_without_objects"] = take(trainer, 2, without_objects if rank == 1 else None)
+    found["no_objects"] = take(trainer, 2, without_objects)
+
+    val = validation_loader(val_split, CONFIG, CPU)
+    found["images"] = sorted(detect(trainer.model, val, CPU)[0])
+
+    # a fault of one process is known to both
+    def unreadable(targets: list[dict]) -> None:
+        targets[0]["unreadable"] = ["a.jpg: broken"]
+
+    warnings.simplefilter("ignore")
+    trainer = Trainer(CONFIG, train_split, CPU)
+    take(trainer, 2, unreadable if rank == 1 else None)
+    found["unreadable"] = trainer.unreadable
+
+    step = Trainer.step
+
+    def faulty(trainer: Trainer, batches: list, stop: bool = False) -> float:
+        if rank == 1 and trainer.steps_done == 1:
+            batches[0][2][0]["boxes"] *= float("nan")
+        if rank == 1 and trainer.steps_done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            stop = True
+        return step(trainer, batches, stop)
+
+    Trainer.step = faulty
+    trainer = Trainer(CONFIG, train_split, CPU)
+    assert train(trainer, val, out / "stopped", {"data": str(data)}) is None
+    Trainer.step = step
+    found["stopped_at"] = trainer.steps_done
+    torch.save(found, out / f"rank{rank}.pt")
+
+    # the whole command, resumed
+    assert cli.main(["train", "--resume", str(out / "stopped"), "--device", "cpu"]) == 0
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
