@@ -1,8 +1,6 @@
 """Training: resumed bit for bit, interruptible, and able to learn."""
 
-import itertools
 import json
-import math
 import os
 import signal
 from dataclasses import replace
@@ -15,10 +13,9 @@ from detr.checkpoint import CheckpointError
 from detr.config import preset
 from detr.data import find_split, load_split, validation_loader
 from detr.engine import evaluation_is_due, train
-from detr.evaluate import detect, evaluate
-from detr.model import build_model
+from detr.evaluate import evaluate
 from detr.synth import write_dataset
-from detr.trainer import Trainer, TrainingError, lr_factor
+from detr.trainer import Trainer, lr_factor
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
@@ -164,80 +161,6 @@ def test_metrics_are_means_over_the_steps(splits, straight_run):
     assert [row["step"] for row in rows(straight_run) if "AP" in row] == [10, 20]
 
 
-def poison(trainer, monkeypatch, steps):
-    """Boxes that are NaN in these steps, counted from 1."""
-    step = Trainer.step
-
-    def poisoned(trainer, batches, stop=False):
-        if trainer.steps_done + 1 in steps:
-            target = batches[-1][2][-1]
-            target["boxes"] = target["boxes"] * float("nan")
-        return step(trainer, batches, stop)
-
-    monkeypatch.setattr(Trainer, "step", poisoned)
-
-
-@pytest.mark.filterwarnings("ignore:matching cost")
-def test_a_loss_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch):
-    config = replace(SMALL, steps=8, eval_steps=None, ema=0.9)
-    val = validation_loader(splits[1], config, CPU)
-    trainer = Trainer(config, splits[0], CPU)
-    poison(trainer, monkeypatch, {3, 5})
-    before = {}
-    for batches in itertools.islice(trainer.batches(), 3):
-        if trainer.steps_done == 2:
-            before = {name: tensor.clone() for name, tensor in trainer.state()["model"].items()}
-        loss = trainer.step(batches)
-    assert math.isnan(loss) and trainer.skipped == 1 and trainer.steps_done == 3
-    torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
-
-    trainer = Trainer(config, splits[0], CPU)
-    ids = [[target["image_id"] for target in batch[2]] for [batch] in trainer.batches()]
-    with (
-        pytest.warns(UserWarning, match=r"step 3: the loss is not finite, on the images .*; the step is skipped"),
-        pytest.warns(UserWarning, match=r"step 5: the loss is not finite"),
-    ):
-        metrics = train(trainer, val, tmp_path, {})
-    assert metrics["step"] == 8 and trainer.skipped == 0
-    noted = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
-    files = ["nonfinite_step3_rank0.pt", "nonfinite_step5_rank0.pt"]
-    assert noted == [
-        {"step": step, "rank": 0, "loss": None, "image_ids": ids[step - 1], "file": file}
-        for step, file in zip((3, 5), files, strict=True)
-    ]
-    [kept] = torch.load(tmp_path / files[0], weights_only=True)
-    assert kept["images"].shape == (2, 3, 64, 64) and kept["targets"][1]["boxes"].isnan().all()
-    [row] = [row for row in rows(tmp_path) if "loss" in row]
-    assert math.isfinite(row["loss"])  # the mean of the steps that were made
-
-
-@pytest.mark.filterwarnings("ignore:matching cost")
-def test_too_many_losses_in_a_row_that_are_not_finite_end_the_run(splits, tmp_path, monkeypatch):
-    config = replace(SMALL, steps=8, eval_steps=2, max_nonfinite=3)
-    val = validation_loader(splits[1], config, CPU)
-    trainer = Trainer(config, splits[0], CPU)
-    poison(trainer, monkeypatch, {3, 5, 6, 7})
-    with (
-        pytest.raises(TrainingError, match=r"step 7: the loss is not finite, on the images \[\d, \d\].*3 such steps"),
-        pytest.warns(UserWarning, match="the step is skipped"),
-    ):
-        train(trainer, val, tmp_path, {})
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["steps_done"] == 6
-    assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 4
-    assert len(list(tmp_path.glob("nonfinite_step*.pt"))) == 3  # tensors of the first ones only
-
-
-def test_an_overflow_of_float16_halves_the_scale(splits):
-    trainer = Trainer(replace(SMALL, amp="fp16"), splits[0], CPU)
-    advance(trainer, 1)
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
-    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**60})
-    [loss] = advance(trainer, 1)
-    assert math.isfinite(loss) and trainer.skipped == 0 and trainer.steps_done == 2
-    assert trainer.scaler.get_scale() == 2.0**59
-    torch.testing.assert_close(list(trainer.model.parameters()), before, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_keeps_the_loss_close(splits, amp):
     exact = advance(Trainer(replace(SMALL, dropout=0.0), splits[0], CPU), 3)
@@ -311,44 +234,6 @@ def test_a_run_that_gets_no_better_ends_early(splits, tmp_path, monkeypatch):
     resumed = Trainer(config, splits[0], CPU)
     resumed.load_state(checkpoint.load(tmp_path / "checkpoint.pt"), tmp_path / "checkpoint.pt")
     assert train(resumed, val, tmp_path, {})["AP"] == 0.9 and resumed.steps_done == 4
-
-
-def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path):
-    config = replace(SMALL, augment="official", steps=7, eval_steps=None, eval_every=9, max_unreadable=1)
-    write_dataset(tmp_path / "data", 7, 3, 64, 0)
-    split = load_split(*find_split(tmp_path / "data", "train"))
-    trainer = Trainer(config, split, CPU, workers=0)
-    broken = split.images[4]
-    broken.path.write_bytes(broken.path.read_bytes()[:-500])
-    val = validation_loader(splits[1], config, CPU)
-    with pytest.warns(UserWarning, match=f"image {broken.image_id}: {broken.path}: not a readable image") as caught:
-        assert train(trainer, val, tmp_path / "run", {}) is not None
-    assert len([w for w in caught if "not a readable image" in str(w.message)]) == 1  # in two epochs
-    assert len(trainer.unreadable) == 1
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["unreadable"] == trainer.unreadable
-
-    second = split.images[1]
-    second.path.write_bytes(second.path.read_bytes()[:-500])
-    trainer = Trainer(config, split, CPU, workers=1)
-    with (
-        pytest.raises(TrainingError, match=r"step \d: 2 image files cannot be read, and max_unreadable is 1; "),
-        pytest.warns(UserWarning, match="not a readable image"),
-    ):
-        advance(trainer, 7)
-
-
-def test_an_image_that_is_truncated_counts_as_missed_in_the_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr("detr.data.CACHE_BYTES", 0)
-    write_dataset(tmp_path, 1, 3, 64, 0)
-    split = load_split(*find_split(tmp_path, "val"))
-    val = validation_loader(split, SMALL, CPU, workers=0)
-    split.images[1].path.write_bytes(split.images[1].path.read_bytes()[:-500])
-    model = build_model(SMALL, 4)
-    with pytest.warns(UserWarning, match=f"{split.images[1].path}: not a readable image.*; nothing is detected in it"):
-        metrics, _ = evaluate(model, val, CPU)
-    assert (metrics["images"], metrics["unreadable"]) == (3, 1)
-    detections, _ = detect(model, val, CPU)
-    assert [len(detections[image.image_id]["scores"]) for image in split.images] == [32, 0, 32]
 
 
 def test_learning_rates():

@@ -1,5 +1,6 @@
 """Average precision by hand, against a plain use of pycocotools, and its pitfalls."""
 
+import importlib.util
 import json
 
 import coco_files
@@ -10,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr.data import Annotated, Split, load_split
-from detr.evaluate import STATS, coco_metrics, per_class_table
+from detr.evaluate import EVALUATORS, STATS, coco_metrics, per_class_table
 
 EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
 
@@ -30,7 +31,22 @@ def one_class_split(boxes, crowd=None):
     return Split(None, None, [image], {7: "thing"})
 
 
-def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path):
+def assert_same_metrics(a, b, tolerance=1e-12):
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, dict):
+            assert_same_metrics(value, b[key], tolerance)
+        else:
+            assert value == (value if value is None else pytest.approx(b[key], rel=0, abs=tolerance)), key
+
+
+@pytest.fixture(params=EVALUATORS)
+def evaluator(request):
+    pytest.importorskip(EVALUATORS[request.param])
+    return request.param
+
+
+def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path, evaluator):
     data = coco_files.content()
     assert data["annotations"][0]["id"] == 0
     split = load_split(*coco_files.write(tmp_path, data))
@@ -43,7 +59,7 @@ def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path):
             [0.9] * int(real.sum()),
         )
         detections[image.image_id]["boxes"] = detections[image.image_id]["boxes"].reshape(-1, 4)
-    metrics, table = coco_metrics(split, detections)
+    metrics, table = coco_metrics(split, detections, evaluator)
     one = pytest.approx(1, abs=1e-12)
     assert (metrics["AP"], metrics["AP50"], metrics["AR100"]) == (one, one, one)
     assert {name: row["AP"] for name, row in metrics["per_class"].items()} == {"ant": one, "owl": one, "zebra": one}
@@ -51,21 +67,21 @@ def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path):
     assert "(AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000" in table
 
 
-def test_no_detections_at_all(tmp_path, capsys):
+def test_no_detections_at_all(tmp_path, capsys, evaluator):
     split = load_split(*coco_files.write(tmp_path))
     for detections in ({}, {image.image_id: EMPTY for image in split.images}):
-        metrics, table = coco_metrics(split, detections)
+        metrics, table = coco_metrics(split, detections, evaluator)
         assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 0.0
         assert "maxDets=100 ] = 0.000" in table
         assert all(row["AP"] == 0.0 and row["best_f1"] == 0.0 for row in metrics["per_class"].values())
     assert capsys.readouterr().out == ""  # pycocotools is kept quiet
 
 
-def test_average_precision_by_hand():
+def test_average_precision_by_hand(evaluator):
     split = one_class_split([[0.0, 0.0, 20.0, 20.0], [50.0, 50.0, 70.0, 70.0]])
     # best first: IoU 0.72 with the first object, nothing, IoU 1 with the second
     boxes = [[0.0, 0.0, 20.0, 14.4], [80.0, 80.0, 90.0, 90.0], [50.0, 50.0, 70.0, 70.0]]
-    metrics, _ = coco_metrics(split, {1: found(boxes, [0, 0, 0], [0.9, 0.8, 0.7])})
+    metrics, _ = coco_metrics(split, {1: found(boxes, [0, 0, 0], [0.9, 0.8, 0.7])}, evaluator)
     # precision 1 up to recall 0.5 (51 of the 101 recall thresholds), then 2/3
     at_50 = (51 + 50 * 2 / 3) / 101
     # at IoU 0.75 and above only the third is right: precision 1/3 up to recall 0.5
@@ -85,11 +101,11 @@ def test_average_precision_by_hand():
     assert metrics["APL"] is None and metrics["ARL"] is None
 
 
-def test_crowds_are_no_misses_and_no_hits():
+def test_crowds_are_no_misses_and_no_hits(evaluator):
     boxes = [[0.0, 0.0, 20.0, 20.0], [40.0, 40.0, 90.0, 90.0]]
     split = one_class_split(boxes, crowd=[False, True])
     inside_the_crowd = [45.0, 45.0, 60.0, 60.0]
-    metrics, _ = coco_metrics(split, {1: found([boxes[0], inside_the_crowd], [0, 0], [0.5, 0.9])})
+    metrics, _ = coco_metrics(split, {1: found([boxes[0], inside_the_crowd], [0, 0], [0.5, 0.9])}, evaluator)
     assert metrics["AP"] == pytest.approx(1, abs=1e-12)
 
 
@@ -135,16 +151,23 @@ def test_equal_to_pycocotools_on_files(tmp_path):
             "labels": torch.tensor([label_of[result["category_id"]] for result in mine]),
             "scores": torch.tensor([result["score"] for result in mine], dtype=torch.float64),
         }
-    metrics, _ = coco_metrics(split, detections)
+    metrics, table = coco_metrics(split, detections, "pycocotools")
     assert 0.1 < metrics["AP"] < 0.9
+    if importlib.util.find_spec("faster_coco_eval"):
+        same, same_table = coco_metrics(split, detections, "faster-coco-eval")
+        assert_same_metrics(same, metrics)
+        assert same_table.splitlines()[:12] == table.splitlines()
+        assert_same_metrics(coco_metrics(split, detections)[0], same)
     values = [-1 if metrics[name] is None else metrics[name] for name in STATS]
     np.testing.assert_allclose(values, reference.stats, rtol=0, atol=1e-12)
 
 
-def test_a_class_without_examples():
+def test_a_class_without_examples(evaluator):
     split = one_class_split([[0.0, 0.0, 20.0, 20.0]])
     split = Split(None, None, split.images, {7: "thing", 9: "ghost"})
-    metrics, _ = coco_metrics(split, {1: found([[0.0, 0.0, 20.0, 20.0], [1.0, 1.0, 5.0, 5.0]], [0, 1], [0.9, 0.8])})
+    metrics, _ = coco_metrics(
+        split, {1: found([[0.0, 0.0, 20.0, 20.0], [1.0, 1.0, 5.0, 5.0]], [0, 1], [0.9, 0.8])}, evaluator
+    )
     assert metrics["AP"] == pytest.approx(1, abs=1e-12)  # the mean over classes that occur
     assert metrics["per_class"]["ghost"] == {
         **{"AP": None, "AP50": None, "boxes": 0},
