@@ -1,14 +1,17 @@
 """Every fault of a COCO-format dataset that would spoil a training, found before it starts."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from detr.config import Config
 from detr.images import DataError, read_image, read_size
 from detr.progress import progress
+from detr.transforms import resized_size
 
 # boxes that reach beyond the image by rounding only are clipped, not refused
 _BORDER = 1.0
@@ -97,17 +100,92 @@ def _check_images(data: dict[str, Any], image_dir: Path, file: str, decode: bool
             yield Problem(file, "image file", _name("image", entry), "file_name", f"{path}: {error}")
 
 
-def summary(data: dict[str, Any]) -> dict[str, Any]:
-    """Counts of a faultless dataset: images, boxes, those without objects, most in one image, boxes of each class."""
-    per_image = Counter(a["image_id"] for a in data["annotations"])
-    per_class = Counter(a["category_id"] for a in data["annotations"])
+def check_against(data: dict[str, Any], config: Config, file: str) -> list[Problem]:
+    """What of a faultless dataset does not go well with a model; none of it is fatal."""
+    problems = []
+    for category_id, count in _per_class(data).items():
+        if not count:
+            message = "no box is of this class, so it cannot be learned or evaluated"
+            problems.append(Problem(file, "class without examples", f"category {category_id}", "", message, False))
+    objects = Counter(a["image_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
+    for image in data["images"]:
+        entry, count = _name("image", image), objects[image["id"]]
+        if count > config.n_queries:
+            message = f"{count} objects, and only n_queries = {config.n_queries} can be found"
+            problems.append(Problem(file, "too many objects", entry, "", message, False))
+        size = resized_size(image["height"], image["width"], config.image_size, config.max_size)
+        if config.two_stage and tokens(size, config) < config.n_queries:
+            message = (
+                f"resized to {size[1]}x{size[0]} pixels it has {tokens(size, config)} tokens, so no more than as many "
+                f"of the n_queries = {config.n_queries}"
+            )
+            problems.append(Problem(file, "few tokens", entry, "", message, False))
+    return problems
+
+
+def tokens(size: tuple[int, int] | list[int], config: Config) -> int:
+    """Tokens of all levels of an image of (height, width) pixels in the model."""
+    strides = [8, 16, 16 if config.dilation else 32][-config.n_levels :]
+    strides += [strides[-1] * 2 ** (i + 1) for i in range(config.n_levels - 3)]
+    return sum(math.ceil(size[0] / stride) * math.ceil(size[1] / stride) for stride in strides)
+
+
+def _per_class(data: dict[str, Any]) -> dict[int, int]:
+    """Boxes of each category id, crowds apart."""
+    counts = Counter(a["category_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
+    return {category["id"]: counts[category["id"]] for category in data["categories"]}
+
+
+def summary(data: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Counts of a faultless dataset, and its sizes in the model of `config`: see `summary_table`."""
+    objects = Counter(a["image_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
+    per_class, names = _per_class(data), {category["id"]: category["name"] for category in data["categories"]}
+    sizes = {(image["height"], image["width"]) for image in data["images"]}
+    resized = [resized_size(*size, config.image_size, config.max_size) for size in sizes]
     return {
         "images": len(data["images"]),
-        "boxes": len(data["annotations"]),
-        "images_without_objects": len(data["images"]) - len(per_image),
-        "most_objects_in_an_image": max(per_image.values(), default=0),
-        "boxes_per_class": {category["name"]: per_class[category["id"]] for category in data["categories"]},
+        "images_without_objects": sum(image["id"] not in objects for image in data["images"]),
+        "objects": sum(objects.values()),
+        "crowds": sum(bool(a.get("iscrowd", 0)) for a in data["annotations"]),
+        "most_objects_in_an_image": max(objects.values(), default=0),
+        "annotation_id_0": sum(a["id"] == 0 for a in data["annotations"]),
+        "objects_per_class": {names[category_id]: count for category_id, count in per_class.items()},
+        "shortest_side": [min(min(size) for size in sizes), max(min(size) for size in sizes)],
+        "shortest_side_resized": [min(min(size) for size in resized), max(min(size) for size in resized)],
+        "tokens": [min(tokens(size, config) for size in resized), max(tokens(size, config) for size in resized)],
+        "n_queries": config.n_queries,
     }
+
+
+def summary_table(counts: dict[str, Any]) -> str:
+    """A `summary` for people."""
+
+    def span(name: str) -> str:
+        low, high = counts[name]
+        return str(low) if low == high else f"{low} to {high}"
+
+    rows = [
+        ("images", f"{counts['images']}, {counts['images_without_objects']} of them without objects"),
+        ("objects", f"{counts['objects']}, and {counts['crowds']} crowds, which are not trained on"),
+        ("most in one image", f"{counts['most_objects_in_an_image']}; the model has {counts['n_queries']} queries"),
+        ("shortest side", f"{span('shortest_side')} pixels; {span('shortest_side_resized')} in the model"),
+        ("tokens", f"{span('tokens')} of an image in the model"),
+    ]
+    if counts["annotation_id_0"]:
+        rows.append(("annotation id 0", "is renumbered here; pycocotools alone would take it for a miss"))
+    most, total = max(counts["objects_per_class"].values()), max(1, counts["objects"])
+    for name, count in counts["objects_per_class"].items():
+        rows.append((name, f"{count:>7} {100 * count / total:5.1f} %  {'#' * round(30 * count / max(1, most))}"))
+    return "\n".join(f"  {name:<20} {text}" for name, text in rows)
+
+
+def by_kind(problems: list[Problem]) -> list[str]:
+    """One line for each kind of problem: whether it is fatal, how many there are, and the first."""
+    lines = []
+    for (kind, fatal), count in Counter((problem.kind, problem.fatal) for problem in problems).items():
+        first = next(problem for problem in problems if (problem.kind, problem.fatal) == (kind, fatal))
+        lines.append(f"{'error' if fatal else 'warning'} {kind}: {count}, the first: {first}")
+    return lines
 
 
 def _check_categories(data: dict[str, Any], file: str) -> Iterator[Problem]:

@@ -77,6 +77,27 @@ def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config
     return model.to(device).eval(), config, classes_of(content)
 
 
+def describe(content: dict[str, Any], model: DeformableDETR) -> str:
+    """What a loaded checkpoint is, in a few lines; `model` is the one in it."""
+    config, names = content["config"], content["class_names"]
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    weights = "averaged (EMA)" if content.get("averaged") else "as trained"
+    metrics = content.get("metrics") or {"AP": content.get("best_ap", -1.0)}
+    found = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75") if metrics.get(name, -1) >= 0)
+    kind = "a run that can be resumed; the best so far" if "optimizer" in content else "its weights"
+    shown = ", ".join(f"{name} ({i})" for i, name in list(zip(content["category_ids"], names, strict=True))[:12])
+    more = f", and {len(names) - 12} more" if len(names) > 12 else ""
+    return "\n".join(
+        [
+            f"preset {config['name']}, recipe {config.get('recipe', '-')}: {millions:.2f} M parameters, {weights}",
+            f"step {content.get('steps_done', '-')}; {kind}: {found or 'not evaluated'}",
+            f"images: shortest side {config['image_size']}, longest at most {config['max_size']} pixels; "
+            f"{config['n_queries']} queries",
+            f"{len(names)} classes (id): {shown}{more}",
+        ]
+    )
+
+
 def config_of(content: dict[str, Any], path: Path) -> Config:
     """The config of a loaded checkpoint."""
     try:

@@ -1,10 +1,9 @@
-"""The command `detr`: synth, check-data, train, eval, predict, export."""
+"""The command `detr`: synth, check-data, train, eval, predict, inspect, export."""
 
 import argparse
 import json
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,16 @@ from typing import Any
 import torch
 
 from detr import checkpoint
-from detr.check_data import check_split, summary
-from detr.cli_train import add_flags, run_training
+from detr.check_data import by_kind, check_against, check_split, summary, summary_table
+from detr.cli_train import add_flags, run_training, scaled_preset
+from detr.config import PRESETS
 from detr.data import find_split, load_split, validation_loader
 from detr.evaluate import evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
-from detr.images import DataError
-from detr.predict import find_images, predict
+from detr.images import DataError, read_image
+from detr.postprocess import best_of_each_query
+from detr.predict import find_images, load_pixels, predict
+from detr.sampling import draw_sampling_points, sampling_points
 from detr.synth import write_dataset
 from detr.trainer import TrainingError
 from detr.weights import export_weights
@@ -64,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("data", type=Path, help="folder of the dataset")
     _add_split_names(check, "train")
     _add_split_names(check, "val")
+    check.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="tiny",
+        metavar="NAME",
+        help="the model to be trained (%(default)s)",
+    )
+    check.add_argument("--image-size", type=_at_least(1), help="as for train, pixels (the preset's)")
+    check.add_argument("--n-queries", type=_at_least(1), help="most objects that the model can find (the preset's)")
     check.add_argument("--json", type=Path, help="also write everything that was found to this file")
 
     training = add("train", _train, "Train a detector; the run directory can be resumed after any interruption.")
@@ -79,15 +90,36 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--images", type=Path, help="image folder, if its name is another")
     evaluation.add_argument("--annotations", type=Path, help="json, if its name is another")
     evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    evaluation.add_argument("--batch-size", type=_at_least(1), help="images of one size at once (as in the training)")
     evaluation.add_argument("--out", type=Path, help="also write the metrics to this json file")
     _add_device(evaluation)
 
     prediction = add("predict", _predict, "Detect objects in images: pictures with boxes, and predictions.json.")
-    prediction.add_argument("inputs", nargs="+", metavar="IMAGE", help="image, folder of images or glob pattern")
+    prediction.add_argument(
+        "inputs", nargs="+", metavar="IMAGE", help="image, folder, glob pattern, or .txt file with one of these a line"
+    )
     prediction.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     prediction.add_argument("--out", type=Path, default=Path("runs/predict"), help="folder to write to (%(default)s)")
     prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1 (%(default)s)")
+    prediction.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=1,
+        help="images of one size at once (%(default)s)",
+    )
     prediction.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+
+    inspection = add("inspect", _inspect, "Say what a checkpoint is; with --image, draw where one query looks.")
+    inspection.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
+    inspection.add_argument("--image", type=Path, help="draw the sampling points of a query on this image")
+    inspection.add_argument("--query", type=_at_least(0), help="number of the query (the one with the best score)")
+    inspection.add_argument(
+        "--layer", type=_at_least(1), help="decoder layer whose points are drawn, from 1 (the last)"
+    )
+    inspection.add_argument(
+        "--out", type=Path, default=Path("runs/sampling.png"), help="picture to write (%(default)s)"
+    )
+    inspection.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
 
     export = add("export", _export, "Write the weights of a checkpoint for other code, or the whole model.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
@@ -149,18 +181,21 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
+    overrides = {name: getattr(options, name) for name in ("image_size", "n_queries") if getattr(options, name)}
+    config = scaled_preset(options.preset, None, **overrides)
     report, fatal = {}, 0
     for split in ("train", "val"):
         json_path, image_dir = find_split(
             options.data, split, getattr(options, f"{split}_json"), getattr(options, f"{split}_images")
         )
         data, problems = check_split(json_path, image_dir, look="pixels")
+        print(f"{json_path}, for {config.name} at {config.image_size} pixels")
         if not any(problem.fatal for problem in problems):
-            report[split] = summary(data)
-        print(f"{json_path}:", json.dumps(report.get(split, "not usable")))
-        for kind, count in Counter((problem.kind, problem.fatal) for problem in problems).items():
-            first = next(problem for problem in problems if (problem.kind, problem.fatal) == kind)
-            print(f"  {'error' if kind[1] else 'warning'} {kind[0]}: {count}, the first: {first}")
+            report[split] = summary(data, config)
+            problems += check_against(data, config, str(json_path))
+            print(summary_table(report[split]))
+        for line in by_kind(problems):
+            print(f"  {line}")
         report[f"{split}_problems"] = [vars(problem) for problem in problems]
         fatal += sum(problem.fatal for problem in problems)
     if options.json:
@@ -178,7 +213,8 @@ def _eval(options: argparse.Namespace) -> int:
     model, config, categories = checkpoint.load_model(options.checkpoint, device)
     files = find_split(options.data, options.split, options.annotations, options.images)
     split = load_split(*files, categories)
-    metrics, table = evaluate(model, validation_loader(split, config, device, options.workers), device)
+    val = validation_loader(split, config, device, options.workers, options.batch_size)
+    metrics, table = evaluate(model, val, device)
     print(table, per_class_table(metrics), sep="\n")
     if options.out:
         options.out.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -189,12 +225,44 @@ def _predict(options: argparse.Namespace) -> int:
     device = _device(options)
     images = find_images(options.inputs)
     model, config, categories = checkpoint.load_model(options.checkpoint, device)
-    results, unreadable = predict(model, config, categories, images, options.out, options.threshold, device)
+    results, unreadable = predict(
+        model, config, categories, images, options.out, options.threshold, device, options.batch_size
+    )
     for message in unreadable:
         print(f"warning: {message}", file=sys.stderr)
     count = sum(len(result["detections"]) for result in results)
     print(f"{options.out}: {count} objects in {len(results)} images; pictures and predictions.json are there")
     return 1 if unreadable else 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    device = _device(options)
+    content = checkpoint.load(options.checkpoint)
+    model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    print(checkpoint.describe(content, model))
+    if not options.image:
+        return 0
+    picture = read_image(options.image)
+    layer = options.layer or config.dec_layers
+    if layer > config.dec_layers:
+        raise DataError(f"--layer: expected at most {config.dec_layers}, got {layer}")
+    try:
+        outputs, locations, weights = sampling_points(model, load_pixels(picture, config).to(device), layer - 1)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
+    # one detection for each query, in the order of queries
+    scores, labels, boxes = best_of_each_query(outputs, picture.size)
+    query = int(scores.argmax()) if options.query is None else options.query
+    if query >= len(scores):
+        raise DataError(f"--query: expected a number below {len(scores)}, got {query}")
+    label = int(labels[query])
+    text = f"{list(categories.values())[label]} {scores[query]:.2f}"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    drawn = draw_sampling_points(picture, locations[query], weights[query], boxes[query].tolist(), label, text)
+    drawn.save(options.out)
+    count = weights[query].numel()
+    print(f"{options.out}: the {count} points that query {query} ({text}) samples in decoder layer {layer}")
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -95,14 +95,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         config, data = _config(options), distributed.from_main(lambda: _data(options))
 
     # the main process looks at the files first: one message for a fault, and no storm of reads
-    splits = _load(data, read_headers=True) if distributed.is_main() else {}
+    splits = _load(data, config, read_headers=True) if distributed.is_main() else {}
     distributed.wait()
-    splits = splits or _load(data, read_headers=False)
-    most = max(int((~image.crowd).sum()) for image in splits["train"].images)
-    if most > config.n_queries:
-        warnings.warn(
-            f"an image has {most} objects, and only n_queries = {config.n_queries} can be found", stacklevel=1
-        )
+    splits = splits or _load(data, config, read_headers=False)
     try:
         trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
     except RuntimeError as error:  # the backbone's weights cannot be downloaded
@@ -147,13 +142,13 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _load(data: dict[str, Any], read_headers: bool) -> dict[str, Split]:
+def _load(data: dict[str, Any], config: Config, read_headers: bool) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     for name in ("train", "val"):
         given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
         files = find_split(Path(data["data"]), name, *given)
         categories = splits["train"].categories if name == "val" else None
-        splits[name] = load_split(*files, categories, read_headers)
+        splits[name] = load_split(*files, categories, read_headers, config)
     return splits
 
 
@@ -199,13 +194,22 @@ def _config(options: argparse.Namespace) -> Config:
         overrides["pretrained_backbone"] = False
     if "epochs" in overrides:
         overrides.setdefault("steps", None)
-    base = preset(options.preset, options.recipe)
+    return scaled_preset(options.preset, options.recipe, **overrides)
+
+
+def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
+    """`preset`, where the backbone's rate follows lr and max_size follows image_size.
+
+    Raises:
+        DataError: as `preset`.
+    """
+    base = preset(name, recipe)
     if "lr" in overrides:
         overrides.setdefault("lr_backbone", base.lr_backbone * overrides["lr"] / base.lr)
     if "image_size" in overrides:
         overrides.setdefault("max_size", round(base.max_size * overrides["image_size"] / base.image_size))
     try:
-        return preset(options.preset, options.recipe, **overrides)
+        return preset(name, recipe, **overrides)
     except ValueError as error:
         raise DataError(str(error)) from None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr import distributed
-from detr.check_data import Problem, check_split
+from detr.check_data import Problem, by_kind, check_against, check_split
 from detr.config import Config
 from detr.images import DataError, read_image, to_tensor
 from detr.progress import progress
@@ -91,12 +91,17 @@ def find_split(
 
 
 def load_split(
-    json_path: Path, image_dir: Path, categories: dict[int, str] | None = None, read_headers: bool = True
+    json_path: Path,
+    image_dir: Path,
+    categories: dict[int, str] | None = None,
+    read_headers: bool = True,
+    config: Config | None = None,
 ) -> Split:
-    """Read and validate one json and the headers of its images. Warns once about dropped boxes, with their count.
+    """Read and validate one json and the headers of its images. Warns once about each kind of problem, with its count.
 
     Args:
         read_headers: False trusts the json about the images, because another process has looked at them.
+        config: of the model that is to be trained; warns of what does not go well with it.
         categories: the classes that the labels shall mean, id -> name (those of the training set or of a checkpoint);
             None takes those of the json, in the order of their ids.
 
@@ -105,6 +110,9 @@ def load_split(
     """
     data, problems = check_split(json_path, image_dir, look="headers" if read_headers else "json")
     _raise_or_warn(problems)
+    if config is not None:
+        for line in by_kind(check_against(data, config, str(json_path))):
+            warnings.warn(line.removeprefix("warning "), stacklevel=2)
 
     declared = {category["id"]: category["name"] for category in data["categories"]}
     categories = dict(sorted(declared.items())) if categories is None else categories

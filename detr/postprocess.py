@@ -17,10 +17,10 @@ def postprocess(outputs: dict, orig_sizes: Tensor, top_k: int = 100) -> list[dic
         For each image, best first: scores [k], labels [k] in 0 .. K - 1, boxes [k, 4] (x0, y0, x1, y1) in pixels.
     """
     logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
+    scores = _scores(outputs)
     if outputs.get("softmax", False):
-        scores, classes = logits.softmax(-1)[..., :-1].max(-1, keepdim=True)
+        scores, classes = scores.max(-1, keepdim=True)
     else:
-        scores = logits.sigmoid()
         classes = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     scores, best = scores.flatten(1).topk(min(top_k, scores[0].numel()))
     labels = classes.flatten(1).gather(1, best)
@@ -29,3 +29,20 @@ def postprocess(outputs: dict, orig_sizes: Tensor, top_k: int = 100) -> list[dic
     corners = cxcywh_to_xyxy(boxes.gather(1, box[..., None].expand(-1, -1, 4)))
     corners = corners * torch.stack([width, height, width, height], 1)[:, None]
     return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, corners, strict=True)]
+
+
+def best_of_each_query(outputs: dict, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """For the first image the best class of every query, in their order: scores [N], labels [N], boxes [N, 4] xyxy.
+
+    Args:
+        size: (width, height) of the image in pixels.
+    """
+    scores, labels = _scores(outputs)[0].max(-1)
+    boxes = cxcywh_to_xyxy(outputs["boxes"][0].float())
+    return scores, labels, boxes * boxes.new_tensor([*size, *size])
+
+
+def _scores(outputs: dict) -> Tensor:
+    """[B, N, K]."""
+    logits = outputs["logits"].float()
+    return logits.softmax(-1)[..., :-1] if outputs.get("softmax", False) else logits.sigmoid()

@@ -2,11 +2,13 @@
 
 import glob
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from detr.config import Config
 from detr.data import collate
@@ -17,7 +19,9 @@ from detr.transforms import evaluation_transform, resize
 
 
 def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
-    """The image files that `inputs` (files, folders, glob patterns) name, each with a relative path to write it to.
+    """The image files that `inputs` name, each with a relative path to write it to.
+
+    An input is an image, a folder, a glob pattern, or a text file (.txt) with one of these on each line.
 
     Raises:
         DataError: an input names nothing, or two images would be written to one file.
@@ -25,7 +29,10 @@ def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
     found: dict[Path, Path] = {}
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
+        if path.suffix == ".txt" and path.is_file():
+            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+            pairs = find_images(lines)
+        elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             pairs = [(p, p.relative_to(path)) for p in inside]
         elif path.exists():
@@ -40,6 +47,12 @@ def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
     return [(source, target) for target, source in found.items()]
 
 
+def load_pixels(picture: Image.Image, config: Config) -> Tensor:
+    """The image [3, H, W] that the model of `config` sees."""
+    pixels = resize(to_tensor(picture), config.image_size, config.max_size)
+    return evaluation_transform()(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))[0]
+
+
 def predict(
     model: nn.Module,
     config: Config,
@@ -48,54 +61,81 @@ def predict(
     out: Path,
     threshold: float,
     device: torch.device,
+    batch_size: int = 1,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Write `out`/<picture with boxes> for each image and `out`/predictions.json with the detections of all.
 
     Args:
         categories: raw id -> name, in the order of labels. images: as from `find_images`.
         threshold: score in [0, 1] below which detections are left out.
+        batch_size: most images that the model gets at a time. They are of one size in the model, so that none is padded
+            and none changes the detections of another.
 
     Returns:
         The content of the json: for each image file, width, height and detections (category_id, name, score, bbox as
         x, y, width, height in pixels), best first. And one message for each file that could not be read.
     """
-    transform = evaluation_transform()
-    ids, names = list(categories), list(categories.values())
-    results, unreadable = [], []
+    results: dict[Path, dict[str, Any]] = {}
+    waiting: dict[tuple[int, ...], list[tuple[Path, Path, Image.Image, Tensor]]] = defaultdict(list)
+    unreadable = []
+
+    def run(batch: list[tuple[Path, Path, Image.Image, Tensor]]) -> None:
+        images, mask, _ = collate([(pixels, {}) for *_, pixels in batch])
+        with torch.inference_mode():
+            outputs = model(images.to(device), mask.to(device))
+        sizes = torch.tensor([[picture.height, picture.width] for _, _, picture, _ in batch], device=device)
+        for (source, target, picture, _), found in zip(batch, postprocess(outputs, sizes), strict=True):
+            results[source] = {"file": str(source)} | _write(picture, found, categories, threshold, out / target)
+
     for source, target in progress(images, desc="detecting", unit="image", delay=2):
         try:
             picture = read_image(source)
         except DataError as error:
             unreadable.append(f"{source}: {error}")
             continue
-        pixels = resize(to_tensor(picture), config.image_size, config.max_size)
-        pixels, _, _ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        batch, mask, _ = collate([(pixels, {})])
-        with torch.inference_mode():
-            outputs = model(batch.to(device), mask.to(device))
-        found = postprocess(outputs, torch.tensor([[picture.height, picture.width]], device=device))[0]
-        columns = (found[name].tolist() for name in ("boxes", "labels", "scores"))
-        shown = [row for row in zip(*columns, strict=True) if row[2] >= threshold]
-        drawn = draw_boxes(
-            picture,
-            [box for box, _, _ in shown],
-            [label for _, label, _ in shown],
-            [f"{names[label]} {score:.2f}" for _, label, score in shown],
-        )
-        (out / target).parent.mkdir(parents=True, exist_ok=True)
-        drawn.save(out / target)
-        detections = [
-            {
-                "category_id": ids[label],
-                "name": names[label],
-                "score": round(score, 4),
-                "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-            }
-            for (x0, y0, x1, y1), label, score in shown
-        ]
-        size = {"width": picture.width, "height": picture.height}
-        results.append({"file": str(source), **size, "detections": detections})
+        pixels = load_pixels(picture, config)
+        batch = waiting[pixels.shape]
+        batch.append((source, target, picture, pixels))
+        # pictures wait in memory for others of their size, but not too many of them
+        if sum(map(len, waiting.values())) >= 8 * batch_size:
+            batch = max(waiting.values(), key=len)
+        elif len(batch) < batch_size:
+            continue
+        run(batch)
+        batch.clear()
+    for batch in waiting.values():
+        for i in range(0, len(batch), batch_size):
+            run(batch[i : i + batch_size])
+
+    in_order = [results[source] for source, _ in images if source in results]
     out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(result) for result in results)
+    lines = ",\n".join(json.dumps(result) for result in in_order)
     (out / "predictions.json").write_text(f"[\n{lines}\n]\n")
-    return results, unreadable
+    return in_order, unreadable
+
+
+def _write(
+    picture: Image.Image, found: dict[str, Tensor], categories: dict[int, str], threshold: float, path: Path
+) -> dict[str, Any]:
+    """Draw the detections of one image, and describe it."""
+    ids, names = list(categories), list(categories.values())
+    columns = (found[name].tolist() for name in ("boxes", "labels", "scores"))
+    shown = [row for row in zip(*columns, strict=True) if row[2] >= threshold]
+    drawn = draw_boxes(
+        picture,
+        [box for box, _, _ in shown],
+        [label for _, label, _ in shown],
+        [f"{names[label]} {score:.2f}" for _, label, score in shown],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.save(path)
+    detections = [
+        {
+            "category_id": ids[label],
+            "name": names[label],
+            "score": round(score, 4),
+            "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+        }
+        for (x0, y0, x1, y1), label, score in shown
+    ]
+    return {"width": picture.width, "height": picture.height, "detections": detections}

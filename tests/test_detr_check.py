@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import coco_files
 import pytest
+import torch
 
-from detr.check_data import check_annotations, check_split, summary
+from detr.check_data import check_against, check_annotations, check_split, summary, summary_table, tokens
+from detr.config import PRESETS, preset
 from detr.data import find_split, load_split
 from detr.images import DataError
+from detr.model import build_model
 
 
 def edit(data, path, value):
@@ -142,13 +146,61 @@ def test_a_dataset_whose_boxes_all_have_no_area(tmp_path):
 
 
 def test_summary():
-    assert summary(coco_files.content()) == {
+    config = preset("tiny", image_size=32, max_size=64, n_queries=2)
+    counts = summary(coco_files.content(), config)
+    assert counts == {
         "images": 3,
-        "boxes": 4,
         "images_without_objects": 1,
-        "most_objects_in_an_image": 3,
-        "boxes_per_class": {"zebra": 1, "ant": 2, "owl": 1},
+        "objects": 3,
+        "crowds": 1,
+        "most_objects_in_an_image": 2,
+        "annotation_id_0": 1,
+        "objects_per_class": {"zebra": 1, "ant": 1, "owl": 1},
+        "shortest_side": [16, 30],
+        "shortest_side_resized": [26, 32],
+        # 32x32 pixels at strides 8, 16, 32; 32x43
+        "tokens": [16 + 4 + 1, 4 * 8 + 2 * 4 + 1 * 2],
+        "n_queries": 2,
     }
+    table = summary_table(counts).splitlines()
+    assert [line.split()[0] for line in table[-4:]] == ["annotation", "zebra", "ant", "owl"]
+    assert table[0].split() == ["images", "3,", "1", "of", "them", "without", "objects"]
+    assert table[-1].split() == ["owl", "1", "33.3", "%", "#" * 30]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        # the strides of the paper: the standard image has 22223 tokens
+        ("deformable_detr_r50", (800, 1333), 22223),
+        ("deformable_detr_r50_single_scale", (800, 1333), 25 * 42),
+        ("deformable_detr_r50_single_scale_dc5", (800, 1333), 50 * 84),
+        ("tiny", (96, 96), 189),
+    ],
+)
+def test_tokens(name, size, expected):
+    config = replace(PRESETS[name], pretrained_backbone=False)
+    assert tokens(size, config) == expected
+    if size == (96, 96):
+        memory = build_model(config, 2)._pyramid(torch.zeros(1, 3, *size))
+        assert sum(level.shape[2] * level.shape[3] for level in memory) == expected
+
+
+def test_what_does_not_go_well_with_the_model(tmp_path):
+    data = coco_files.content()
+    data["categories"].append({"id": 1, "name": "ghost"})
+    files = coco_files.write(tmp_path, data)
+    config = preset("tiny", image_size=32, max_size=64, n_queries=1)
+    found = [(p.kind, p.entry, p.fatal) for p in check_against(data, config, "x.json")]
+    assert found == [("class without examples", "category 1", False), ("too many objects", "image 5", False)]
+    config = preset("tiny", image_size=32, max_size=64, n_queries=22)
+    found = [(p.kind, p.entry) for p in check_against(data, config, "x.json")]
+    assert found == [("class without examples", "category 1"), ("few tokens", "image 9")]
+    with pytest.warns(UserWarning) as caught:
+        load_split(*files, config=config)
+    texts = [str(warning.message) for warning in caught]
+    assert texts[0].startswith("class without examples: 1, the first: ")
+    assert texts[1].endswith("resized to 32x32 pixels it has 21 tokens, so no more than as many of the n_queries = 22")
 
 
 def test_no_dataset_at_all(tmp_path):

@@ -1,8 +1,10 @@
 """The command from end to end: every file of a run, every error in one line."""
 
+import importlib.machinery
 import json
 import subprocess
 import sys
+import types
 from urllib.error import URLError
 
 import coco_files
@@ -199,7 +201,8 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
 def test_more_objects_than_queries_are_warned_of(data, tmp_path, capsys):
     arguments = ["--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL, "--set", "n_queries=1"]
     assert main(["train", *arguments]) == 0
-    assert "n_queries = 1 can be found" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "warning: too many objects: 6, the first: " in error and "only n_queries = 1 can be found" in error
 
 
 def test_check_data(data, tmp_path, capsys):
@@ -207,6 +210,11 @@ def test_check_data(data, tmp_path, capsys):
     assert main(["check-data", str(data), "--json", str(report)]) == 0
     found = json.loads(report.read_text())
     assert found["train"]["images"] == 6 and found["train_problems"] == [] and found["val"]["images"] == 4
+    printed = capsys.readouterr().out
+    assert f"{data / 'instances_train.json'}, for tiny at 160 pixels" in printed
+    assert "6, 0 of them without objects" in printed and printed.count("triangle") == 2
+    assert main(["check-data", str(data), "--n-queries", "1", "--image-size", "64"]) == 0
+    assert "warning too many objects" in capsys.readouterr().out
     json_path, image_dir = coco_files.write(tmp_path / "bad")
     coco_files.write(tmp_path / "bad", split="val")
     (image_dir / "c.png").write_bytes((image_dir / "c.png").read_bytes()[:-300])
@@ -219,7 +227,72 @@ def test_check_data(data, tmp_path, capsys):
     assert (problem["entry"], problem["field"], problem["fatal"]) == ("image 9", "file_name", True)
 
 
-@pytest.mark.parametrize("command", ["synth", "check-data", "train", "eval", "predict", "export"])
+def test_inspect(data, run, tmp_path, capsys):
+    best = str(run / "best.pt")
+    assert main(["inspect", best]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("preset tiny, recipe tiny: ") and "M parameters, as trained" in lines[0]
+    assert lines[1].startswith("step 2; its weights: AP 0.")
+    assert lines[3] == "4 classes (id): disc (1), square (2), triangle (3), star (4)"
+    assert main(["inspect", str(run / "checkpoint.pt")]) == 0
+    assert "a run that can be resumed" in capsys.readouterr().out
+    image, out = data / "val" / "000001.jpg", tmp_path / "new" / "points.png"
+    assert main(["inspect", best, "--image", str(image), "--query", "3", "--layer", "1", "--out", str(out)]) == 0
+    # heads x levels x points
+    assert "the 24 points that query 3 (" in capsys.readouterr().out
+    before, after = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (image, out))
+    assert before.shape == after.shape and (np.abs(before - after).max(2) > 60).sum() > 100
+    for flags, message in (
+        (["--query", "50"], "--query: expected a number below 50, got 50"),
+        (["--layer", "4"], "--layer: expected at most 3, got 4"),
+    ):
+        assert main(["inspect", best, "--image", str(image), *flags, "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_a_run_says_of_itself(data, tmp_path, capsys):
+    arguments = ["--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", "--epochs", "1", *SMALL[:-1], "4"]
+    arguments += ["--recipe", "finetune", "--accumulate", "2", "--set", "warmup_steps=0"]
+    assert main(["train", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert (
+        "recipe finetune: 1 steps of 4 images = 0.7 epochs; a step: 1 processes x 2 accumulated batches x 2 images"
+        in (printed.out)
+    )
+    assert "AdamW rates: rest 0.0001, backbone 1e-05, offsets 1e-05; warm-up 0 steps, x0.1 after 80 %" in printed.out
+    assert "EMA 0.999" in printed.out
+    assert "recipe finetune is for the --weights of a detector, and none are given" in printed.err
+    assert "not as in recipe finetune: batch_size 16 -> 4; the rates were not scaled with the batch" in printed.err
+    assert "--lr 5e-05" in printed.err
+    content = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert content["averaged"] and content["config"]["recipe"] == "finetune"
+
+
+def test_weights_and_biases(data, tmp_path, capsys, monkeypatch):
+    arguments = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL]
+    assert main([*arguments, "--wandb", "mine"]) == 1
+    assert "--wandb: the package wandb is not installed" in capsys.readouterr().err
+    calls = []
+
+    class Run:
+        log = staticmethod(lambda row, step: calls.append((step, row)))
+        finish = staticmethod(lambda: calls.append("finished"))
+
+    package = types.ModuleType("wandb")
+    package.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    package.init = lambda **options: calls.append(options) or Run
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    assert main([*arguments, "--wandb", "mine"]) == 0
+    started, (step, losses), (_, metrics), end = calls
+    assert started["project"] == "mine" and started["resume"] == "allow" and started["config"]["d_model"] == 32
+    assert step == 1 and losses["loss"] > 0 and "AP" in metrics and end == "finished"
+    # a resumed run is the same run there
+    calls.clear()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert calls[0]["id"] == started["id"]
+
+
+@pytest.mark.parametrize("command", ["synth", "check-data", "train", "eval", "predict", "inspect", "export"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from detr.config import PRESETS, Config, preset
+from detr.config import PRESETS, Config, departures, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -44,6 +44,10 @@ def test_presets_hold_the_published_recipes():
         ({"backbone": "vgg"}, "backbone: expected one of tiny, resnet18, resnet34, resnet50, resnet101, got 'vgg'"),
         ({"n_levels": 0}, "n_levels: expected at least 1, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"ema": 1.0}, "ema: expected a number from 0 to below 1, got 1.0"),
+        ({"amp": "fp8"}, "amp: expected one of none, bf16, fp16, got 'fp8'"),
+        ({"patience": -1}, "patience: expected at least 0, got -1"),
+        ({"accumulate": 3}, "accumulate: expected a divisor of batch_size = 8, got 3"),
         ({"dropout": 1.0}, "dropout: expected a probability below 1, got 1.0"),
         ({"d_model": 48}, "d_model: expected a multiple of 32 and of n_heads = 4, got 48"),
         ({"refine": False, "two_stage": True}, "two_stage: needs refine = True"),
@@ -59,6 +63,36 @@ def test_bad_fields(overrides, message):
     with pytest.raises(ValueError) as error:
         preset("tiny_refine", **overrides)
     assert str(error.value).startswith(message)
+
+
+def test_recipes():
+    fields = ("lr", "lr_backbone", "batch_size", "epochs", "steps", "schedule", "augment", "ema")
+
+    def of(*arguments, **overrides):
+        config = preset(*arguments, **overrides)
+        return tuple(getattr(config, name) for name in fields)
+
+    paper = (2e-4, 2e-5, 32, 50, None, "step", "official", 0.0)
+    tuned = (1e-4, 1e-5, 16, 24, None, "step", "official", 0.999)
+    assert of("deformable_detr_r50") == of("deformable_detr_r50", "official") == of("tiny", "official") == paper
+    assert of("deformable_detr_r50", "finetune") == of("detr_r50_dc5", "finetune") == of("tiny", "finetune") == tuned
+    assert of("detr_r50") == of("detr_r50", "official") == (1e-4, 1e-5, 16, 500, None, "step", "official", 0.0)
+    assert of("deformable_detr_r50_refine", "tiny") == of("tiny") == of("tiny_refine", "tiny")
+    assert preset("deformable_detr_r50", "finetune").recipe == "finetune"
+    # the model is not the recipe's, and overrides win
+    assert preset("tiny", "official").d_model == 64 and preset("tiny", "finetune", ema=0.0).ema == 0
+    with pytest.raises(ValueError, match="recipe: expected one of official, finetune, tiny, got 'fast'"):
+        preset("tiny", "fast")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_departures_from_the_recipe(name):
+    assert departures(preset(name)) == {}
+    changed = preset(name, batch_size=2, lr=1e-5, epochs=3, image_size=64)
+    assert departures(changed) == {
+        "lr": (PRESETS[name].lr, 1e-5),
+        "batch_size": (PRESETS[name].batch_size, 2),
+    }
 
 
 def test_unknown_preset_lists_the_known():

@@ -10,7 +10,7 @@ import torch
 
 from detr import checkpoint, engine
 from detr.checkpoint import CheckpointError
-from detr.config import preset
+from detr.config import PRESETS, preset
 from detr.data import find_split, load_split, validation_loader
 from detr.engine import evaluation_is_due, train
 from detr.evaluate import evaluate
@@ -192,6 +192,18 @@ def test_gradient_checkpointing_changes_no_gradient(splits):
     assert (runs[0][2], runs[1][2]) == (2, 4)  # once more in each backward
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_refine"])
+def test_compiled_without_a_graph_break(splits, monkeypatch, name):
+    # Dynamo's graph is what may break; to compile it with Inductor would take minutes
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    changes = {"enc_layers": 1, "dec_layers": 1, "dropout": 0.0, "augment": "official", "max_size": 100, "steps": 3}
+    small = {name: getattr(SMALL, name) for name in ("d_model", "n_heads", "ffn_dim", "n_queries", "image_size")}
+    config = preset(name, **small, **changes, batch_size=2, grad_checkpointing=name == "tiny_refine")
+    plain, compiled = (Trainer(replace(config, compile=flag), splits[0], CPU) for flag in (False, True))
+    assert len({batch[0].shape for [batch] in plain.batches()}) > 1
+    assert advance(compiled, 3) == pytest.approx(advance(plain, 3), rel=1e-4)
+
+
 def test_averaged_weights_are_evaluated_and_kept(splits, tmp_path):
     config = replace(SMALL, steps=4, eval_steps=2, ema=0.5, dropout=0.0)
     trainer = Trainer(config, splits[0], CPU)
@@ -234,6 +246,19 @@ def test_a_run_that_gets_no_better_ends_early(splits, tmp_path, monkeypatch):
     resumed = Trainer(config, splits[0], CPU)
     resumed.load_state(checkpoint.load(tmp_path / "checkpoint.pt"), tmp_path / "checkpoint.pt")
     assert train(resumed, val, tmp_path, {})["AP"] == 0.9 and resumed.steps_done == 4
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
+def test_every_preset_of_the_paper_trains(splits, name):
+    config = preset(name, pretrained_backbone=False, image_size=64, max_size=107, batch_size=1, steps=1)
+    trainer = Trainer(config, splits[0], CPU, workers=0)
+    before = trainer.model.class_embed[0].weight.clone()
+    [loss] = advance(trainer, 1)
+    assert math.isfinite(loss) and trainer.skipped == 0 and trainer.finished
+    assert not torch.equal(trainer.model.class_embed[0].weight, before)
+    one = replace(splits[1], images=splits[1].images[:1])
+    metrics, _ = evaluate(trainer.model, validation_loader(one, config, CPU, workers=0), CPU)
+    assert metrics["images"] == 1
 
 
 def test_learning_rates():

@@ -10,6 +10,7 @@ from torch import nn
 
 from detr.config import preset
 from detr.images import DataError
+from detr.model import build_model
 from detr.predict import find_images, predict
 
 CONFIG = preset("tiny", image_size=32, max_size=48)
@@ -26,8 +27,8 @@ class OneBoxAQuarter(nn.Module):
     def forward(self, images, mask):
         assert not mask.any()
         self.shapes.append(tuple(images.shape))
-        scores = torch.tensor([[[0.8, 0.01], [0.02, 0.3]]])
-        boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.5, 0.5]]])
+        scores = torch.tensor([[[0.8, 0.01], [0.02, 0.3]]]).repeat(len(images), 1, 1)
+        boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.5, 0.5]]]).repeat(len(images), 1, 1)
         return {"logits": scores.logit(), "boxes": boxes}
 
 
@@ -50,6 +51,9 @@ def test_find_images(tmp_path):
     for nothing in ("none.jpg", "empty", "*.gif"):
         with pytest.raises(DataError, match="expected an image, a folder of images or a pattern, found no image"):
             find_images([str(tmp_path / nothing)])
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'deep'}\n\n{tmp_path / 'a.jpg'}\n")
+    pairs = find_images([str(tmp_path / "list.txt")])
+    assert [source.name for source, _ in pairs] == ["b.PNG", "c.webp", "a.jpg"]
     touch(tmp_path, "other/a.jpg")
     with pytest.raises(DataError, match=r"other/a\.jpg: .*/a\.jpg has the same name"):
         find_images([str(tmp_path / "a.jpg"), str(tmp_path / "other/a.jpg")])
@@ -85,3 +89,50 @@ def test_an_unreadable_file_does_not_stop_the_others(tmp_path):
     assert [result["file"] for result in results] == [str(tmp_path / "a.png"), str(tmp_path / "c.png")]
     [message] = unreadable
     assert message.startswith(f"{tmp_path / 'b.png'}: not a readable image")
+
+
+def test_batches_hold_images_of_one_size_and_results_keep_their_order(tmp_path):
+    for i in range(5):
+        Image.fromarray(np.full((40, 80 if i != 2 else 60, 3), 60, np.uint8)).save(tmp_path / f"{i}.png")
+    model = OneBoxAQuarter()
+    images = find_images([str(tmp_path)])
+    results, _ = predict(model, CONFIG, CATEGORIES, images, tmp_path / "out", 0.5, torch.device("cpu"), batch_size=3)
+    assert model.shapes == [(3, 3, 24, 48), (1, 3, 32, 48), (1, 3, 24, 48)] or model.shapes == [
+        (3, 3, 24, 48),
+        (1, 3, 24, 48),
+        (1, 3, 32, 48),
+    ]
+    assert [result["file"] for result in results] == [str(tmp_path / f"{i}.png") for i in range(5)]
+    assert results[2]["detections"][0]["bbox"] == [15, 10, 30, 20]
+
+
+@pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50_refine", "detr_r50_dc5"])
+def test_a_batch_gives_what_each_image_gives_alone(tmp_path, name):
+    size = {"image_size": 48, "max_size": 80}
+    small = size | {"enc_layers": 1, "dec_layers": 2, "d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8}
+    config = preset(name, **small, pretrained_backbone=False)
+    torch.manual_seed(0)
+    model = build_model(config, 2).eval()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor += 0.02 * torch.rand_like(tensor)
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(40, 80), (60, 40), (40, 80), (48, 48), (40, 80)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    images = find_images([str(tmp_path)])
+    outputs = []
+    model.register_forward_hook(lambda module, args, output: outputs.append((len(args[0]), output)))
+    found = [
+        predict(model, config, CATEGORIES, images, tmp_path / "out", 0.0, torch.device("cpu"), batch_size)[0]
+        for batch_size in (1, 4)
+    ]
+    assert sorted(n for n, _ in outputs) == [1] * 7 + [3]
+    for alone, batched in zip(*found, strict=True):
+        assert alone["file"] == batched["file"]
+        scores = [[row["score"] for row in result["detections"]] for result in (alone, batched)]
+        np.testing.assert_allclose(*scores, rtol=0, atol=1.01e-4)  # rounded to four digits
+    singles = torch.cat([output["logits"] for n, output in outputs[:5]])[[0, 2, 4]]
+    [together] = [output["logits"] for n, output in outputs if n == 3]
+    torch.testing.assert_close(together, singles, rtol=0, atol=1e-4)
+    assert (singles[0] - singles[1]).abs().max() > 1e-3  # the image matters

@@ -11,10 +11,10 @@ import torch
 import torchvision
 import transformers
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
 from transformers.models.deformable_detr import modeling_deformable_detr
 from transformers.models.detr import modeling_detr
 
+from benchmarks.detector_step import ResNetLikeTimm
 from detr.config import Config, preset
 from detr.model import PRIOR_BIAS, build_model
 from detr.weights import convert_weights, export_weights, load_weights
@@ -31,22 +31,6 @@ VARIANTS = {
 }
 NAMES = ["cat", "dog", "owl", "bee", "elk"]
 TINY = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "dec_layers": 2, "n_queries": 8}
-
-
-class ResNetLikeTimm(nn.Module):
-    """torchvision's ResNet in the place of timm's: the same tensors, `channels`, and the model below `_backbone`."""
-
-    def __init__(self, config):
-        super().__init__()
-        backbone = config.backbone_config
-        body = torchvision.models.get_model(
-            backbone.backbone,
-            replace_stride_with_dilation=[False, False, backbone.to_dict().get("output_stride") == 16],
-        )
-        stages = (body.layer2, body.layer3, body.layer4)[-len(backbone.out_indices[-3:]) :]
-        self.channels = [list(stage.parameters())[-1].numel() for stage in stages]
-        self._backbone = IntermediateLayerGetter(body, {f"layer{i}": str(i) for i in backbone.out_indices[-3:]})
-        self._backbone.register_forward_hook(lambda module, args, output: list(output.values()))
 
 
 @pytest.fixture
