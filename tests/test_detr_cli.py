@@ -202,7 +202,7 @@ def test_more_objects_than_queries_are_warned_of(data, tmp_path, capsys):
     arguments = ["--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL, "--set", "n_queries=1"]
     assert main(["train", *arguments]) == 0
     error = capsys.readouterr().err
-    assert "warning: too many objects: 6, the first: " in error and "only n_queries = 1 can be found" in error
+    assert "warning: too many objects: 5, the first: " in error and "only n_queries = 1 can be found" in error
 
 
 def test_check_data(data, tmp_path, capsys):
