@@ -42,8 +42,9 @@ class Levels(NamedTuple):
     first: Tensor  # 0 and
     last: Tensor  # size - 1, of the same shape
     scale: Tensor  # [2, 1, 1, 1, K] rows from one pixel to the next along x and y
-    base: Tensor  # [K] rows from a bag's first to its level's first pixel
+    base: Tensor  # [2, 1, 1, 1, K] 0 and the rows from a bag's first to its level's first pixel
     bag: Tensor  # [B, 1 or Q, M, 1] a bag's first row
+    steps: Tensor  # [2, 1, 1, 1, 1, 1] 0 and 1: to the lower and the upper neighbour
 
 
 class Samples(NamedTuple):
@@ -58,15 +59,20 @@ def geometry_of(
     spatial_shapes: Tensor, level_start_index: Tensor | None, num_points: list[int], S: int
 ) -> Geometry | None:
     """None if a level is empty or does not fit into S tokens."""
-    sizes = tuple((H, W) for H, W in spatial_shapes.tolist())
+    starts = None if level_start_index is None else tuple(level_start_index.tolist())
+    return _geometry(tuple(map(tuple, spatial_shapes.tolist())), starts, tuple(num_points), S)
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(
+    sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...] | None, num_points: tuple[int, ...], S: int
+) -> Geometry | None:
     areas = [H * W for H, W in sizes]
-    if level_start_index is None:
-        starts = [sum(areas[:level]) for level in range(len(areas))]
-    else:
-        starts = level_start_index.tolist()
+    if starts is None:
+        starts = tuple(sum(areas[:level]) for level in range(len(areas)))
     if any(min(size) <= 0 for size in sizes) or any(n < 0 or n + m > S for n, m in zip(starts, areas, strict=True)):
         return None
-    return Geometry(sizes, tuple(starts), tuple(num_points))
+    return Geometry(sizes, starts, num_points)
 
 
 @functools.lru_cache(maxsize=256)
@@ -122,16 +128,16 @@ def levels_of(
         first=first,
         last=last,
         scale=torch.tensor(scale, dtype=index).view(2, 1, 1, 1, -1),
-        base=torch.tensor(base, dtype=index),
+        base=torch.tensor([[0] * len(base), base], dtype=index).view(2, 1, 1, 1, -1),
         bag=(b[:, None, None] + q[:, None] + m)[..., None],
+        steps=torch.tensor([0, 1], dtype=dtype).view(2, 1, 1, 1, 1, 1),
     )
 
 
 def _samples(locations: Tensor, levels: Levels, with_slope: bool) -> Samples:
     # masks are numbers here: comparing and selecting costs ten times an addition in eager PyTorch
     position = locations.movedim(-1, 0).contiguous().mul(levels.size).sub_(0.5)
-    low = position.floor()
-    neighbour = torch.stack((low, low + 1))
+    neighbour = position.floor() + levels.steps
     pixel = neighbour.clamp(levels.first, levels.last)
     # the distance to the neighbour itself; one outside is first pushed on by twice its way, to 1 or more from position
     distance = torch.lerp(pixel, neighbour, 3).sub_(position).abs_()
@@ -148,17 +154,23 @@ def _samples(locations: Tensor, levels: Levels, with_slope: bool) -> Samples:
 def corner_bags(locations: Tensor, attn: Tensor, levels: Levels, with_slope: bool) -> tuple[Tensor, Tensor, Samples]:
     """Rows of the table and their weights, [2 (y) * 2 (x) * B * Q * M, K]: a bag for each of the four corners."""
     samples = _samples(locations, levels, with_slope)
-    x, y = (samples.pixel.to(levels.scale.dtype) * levels.scale).unbind(1)
+    x, y = torch.addcmul(levels.base, samples.pixel.to(levels.scale.dtype), levels.scale).unbind(1)
     wx, wy = samples.weight.unbind(1)
-    rows = (y + (levels.base + levels.bag)).unsqueeze(1) + x
+    rows = (y + levels.bag).unsqueeze(1) + x
     weights = (wy * attn).unsqueeze(1) * wx
     return rows.view(-1, attn.shape[-1]), weights.view(-1, attn.shape[-1]), samples
 
 
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _offsets(bags: int, per_bag: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(0, bags * per_bag, per_bag, dtype=dtype)
+
+
 def sum_bags(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     """The weighted sum of the rows of each bag: [bags, D] for rows and weights [bags, K]."""
-    offsets = torch.arange(0, rows.numel(), rows.shape[1], dtype=rows.dtype)
     # F.embedding_bag checks its arguments for as long as a small call takes
+    offsets = _offsets(*rows.shape, rows.dtype)
     return torch.embedding_bag(table, rows.view(-1), offsets, False, 0, False, weights.view(-1))[0]
 
 

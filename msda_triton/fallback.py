@@ -77,15 +77,15 @@ def run_forward(
         geometry = bags.geometry_of(spatial_shapes, level_start_index, num_points, S)
     if geometry is None:
         return ms_deform_attn_reference(*inputs)
-    table, (batch, token, head) = _as_table(value.to(dtype))
+    table, (batch, token, head) = _as_table(_cast(value, dtype))
     levels = bags.levels_of(geometry, (B, 1, M), (batch, 0, head), token, dtype)
     queries = _CHUNK_FORWARD // (B * M * sum(num_points))
     outs = []
     for locations, attn in _query_chunks(queries, sampling_locations, attention_weights):
-        rows, weights, _ = stages.bags(locations.to(dtype), attn.to(dtype), levels, False)
+        rows, weights, _ = stages.bags(_cast(locations, dtype), _cast(attn, dtype), levels, False)
         outs.append(bags.sum_bags(rows, weights, table).view(4, B, -1, M * D).sum(0))
     out = _cat(outs, 1)
-    return out.to(value.dtype) if _is_finite(out) else ms_deform_attn_reference(*inputs)
+    return _cast(out, value.dtype) if _is_finite(out) else ms_deform_attn_reference(*inputs)
 
 
 def run_backward(
@@ -103,14 +103,15 @@ def run_backward(
     grad_value, grads_locations, grads_weights = None, [], []
     per_query = (sampling_locations, attention_weights, grad_out.unflatten(2, (M, D)))
     for part in bags.parts_of(geometry, S):
-        value_part = value[:, part.tokens].to(dtype)
+        value_part = _cast(value[:, part.tokens], dtype)
         T, points = value_part.shape[1], part.points
         queries = _CHUNK_BACKWARD // (B * M * sum(part.geometry.num_points))
         if part.dense:
             queries = min(queries, _CHUNK_DENSE // (B * M * T))
         part_locations, part_weights = [], []
         for locations, attn, grad in _query_chunks(queries, *per_query):
-            locations, attn, grad = locations[:, :, :, points].to(dtype), attn[..., points].to(dtype), grad.to(dtype)
+            locations, attn = _cast(locations[:, :, :, points], dtype), _cast(attn[..., points], dtype)
+            grad = _cast(grad, dtype)
             if part.dense:
                 Q = attn.shape[1]
                 levels = bags.levels_of(part.geometry, (B, Q, M), (M * Q * T, T, Q * T), 1, dtype)
@@ -167,6 +168,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item())
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Tensor.to takes a microsecond to find that there is nothing to do
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _query_chunks(queries: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The tensors [B, Q, ...] in runs of that many queries, or of one."""
     if queries >= tensors[0].shape[1]:
@@ -180,7 +186,9 @@ def _cat(chunks: list[Tensor], dim: int) -> Tensor:
 
 def _as_table(value: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """value as [rows, D], and the rows from one batch, token and head to the next. Copies only if strides force it."""
-    D = value.shape[3]
+    _, S, M, D = value.shape
+    if value.is_contiguous():
+        return value.view(-1, D), (S * M, M, 1)
     if value.stride(3) != 1 or any(stride % D for stride in value.stride()[:3]):
         value = value.contiguous()
     steps = tuple(stride // D for stride in value.stride()[:3])

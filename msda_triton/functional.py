@@ -54,19 +54,11 @@ def ms_deform_attn(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    if num_points is None:
-        _check_rank("sampling_locations", sampling_locations, 6, "[B, Q, M, L, P, 2]")
-        _check_rank("attention_weights", attention_weights, 5, "[B, Q, M, L, P]")
-        num_points = [sampling_locations.shape[4]] * sampling_locations.shape[3]
-        if attention_weights.shape[3:] != sampling_locations.shape[3:5]:
-            _raise_shape("attention_weights", sampling_locations.shape[:5], attention_weights)
-        sampling_locations = sampling_locations.flatten(3, 4)
-        attention_weights = attention_weights.flatten(3, 4)
-    else:
-        num_points = list(num_points)
-    _check_samples(value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points)
+    locations, weights, num_points = _samples(
+        value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points
+    )
     levels = _levels(value, spatial_shapes, level_start_index, len(num_points))
-    return _attend(value, levels, sampling_locations, attention_weights, None, None, num_points, method, backend)
+    return _attend(value, levels, locations, weights, None, None, num_points, method, backend)
 
 
 def ms_deform_attn_fused(
@@ -98,33 +90,25 @@ def ms_deform_attn_fused(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    if num_points is None:
-        _check_rank("sampling_offsets", sampling_offsets, 6, "[B, Q, M, L, P, 2]")
-        _check_rank("attention_logits", attention_logits, 5, "[B, Q, M, L, P]")
-        num_points = [sampling_offsets.shape[4]] * sampling_offsets.shape[3]
-        if attention_logits.shape[3:] != sampling_offsets.shape[3:5]:
-            _raise_shape("attention_logits", sampling_offsets.shape[:5], attention_logits)
-        sampling_offsets = sampling_offsets.flatten(3, 4)
-        attention_logits = attention_logits.flatten(3, 4)
-    else:
-        num_points = list(num_points)
-    _check_samples(value, "sampling_offsets", sampling_offsets, "attention_logits", attention_logits, num_points)
+    offsets, logits, num_points = _samples(
+        value, "sampling_offsets", sampling_offsets, "attention_logits", attention_logits, num_points
+    )
     L = len(num_points)
-    _check_tensor("reference_points", reference_points, value)
-    B, Q = sampling_offsets.shape[:2]
-    ok = reference_points.dim() == 4 and reference_points.shape[:2] == (B, Q)
-    if not ok or reference_points.shape[2] not in (1, L) or reference_points.shape[3] not in (2, 4):
-        _raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", reference_points)
+    shape, dtype, device = _facts("reference_points", reference_points)
+    if not dtype.is_floating_point:
+        raise TypeError(f"reference_points: expected a floating-point dtype, got {dtype}")
+    _check_same_device("reference_points", device, value.device)
+    B, Q = offsets.shape[:2]
+    if len(shape) != 4 or shape[:2] != (B, Q) or shape[2] not in (1, L) or shape[3] not in (2, 4):
+        _raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", shape)
     if value_mask is not None:
         if value_mask.dtype != torch.bool:
             raise TypeError(f"value_mask: expected a bool tensor (True on padding), got {value_mask.dtype}")
         if value_mask.shape != value.shape[:2]:
-            _raise_shape("value_mask", value.shape[:2], value_mask)
-        _check_same_device("value_mask", value_mask, value.device)
+            _raise_shape("value_mask", value.shape[:2], value_mask.shape)
+        _check_same_device("value_mask", value_mask.device, value.device)
     levels = _levels(value, spatial_shapes, level_start_index, L)
-    return _attend(
-        value, levels, sampling_offsets, attention_logits, reference_points, value_mask, num_points, method, backend
-    )
+    return _attend(value, levels, offsets, logits, reference_points, value_mask, num_points, method, backend)
 
 
 def ms_deform_attn_backward(
@@ -146,16 +130,13 @@ def ms_deform_attn_backward(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    _check_rank("sampling_locations", sampling_locations, 6, "[B, Q, M, L, P, 2]")
-    if attention_weights.shape != sampling_locations.shape[:5]:
-        _raise_shape("attention_weights", sampling_locations.shape[:5], attention_weights)
-    num_points = [sampling_locations.shape[4]] * sampling_locations.shape[3]
-    locations, weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3, 4)
-    _check_samples(value, "sampling_locations", locations, "attention_weights", weights, num_points)
+    locations, weights, num_points = _samples(
+        value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, None
+    )
     B, Q, M = weights.shape[:3]
     if grad_out.shape != (B, Q, M * value.shape[3]):
-        _raise_shape("grad_out", (B, Q, M * value.shape[3]), grad_out)
-    _check_same_device("grad_out", grad_out, value.device)
+        _raise_shape("grad_out", (B, Q, M * value.shape[3]), grad_out.shape)
+    _check_same_device("grad_out", grad_out.device, value.device)
     levels = _levels(value, spatial_shapes, level_start_index, len(num_points))
     sizes, needs = levels.of_queries(Q), [True, True, True, False]
     grad_value, grad_locations, grad_weights, _ = AttentionBackward.apply(
@@ -205,49 +186,68 @@ def _attend(value, levels, locations, weights, reference, mask, num_points, meth
     return attention(value, shapes, starts, locations, weights, None, None, num_points, method, [], backend)
 
 
-def _raise_shape(name: str, expected, got: Tensor):
+def _raise_shape(name: str, expected, got):
     expected = expected if isinstance(expected, str) else tuple(expected)
-    raise ValueError(f"{name}: expected shape {expected}, got {tuple(got.shape)}")
+    raise ValueError(f"{name}: expected shape {expected}, got {tuple(got)}")
 
 
-def _check_rank(name: str, x: Tensor, rank: int, layout: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
-    if x.dim() != rank:
-        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+def _check_same_device(name: str, device: torch.device, expected: torch.device) -> None:
+    if device != expected:
+        raise ValueError(f"{name}: expected on value's device {expected}, got {device}")
 
 
-def _check_same_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: expected on value's device {device}, got {x.device}")
-
-
-def _check_tensor(name: str, x: Tensor, value: Tensor) -> None:
+def _facts(name: str, x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """What is checked of a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
-    _check_same_device(name, x, value.device)
+    return x.shape, x.dtype, x.device
 
 
-def _check_samples(
+def _samples(
     value: Tensor, locations_name: str, locations: Tensor, weights_name: str, weights: Tensor, num_points
-):
-    """Shapes, dtypes and devices of value [B, S, M, D], locations [B, Q, M, K, 2] and weights [B, Q, M, K]."""
-    _check_rank("value", value, 4, "[B, S, M, D]")
-    for name, x in (("value", value), (locations_name, locations), (weights_name, weights)):
-        _check_tensor(name, x, value)
-    B, _, M, D = value.shape
-    K = sum(num_points)
-    if not num_points or min(num_points) < 1:
-        raise ValueError(f"num_points: expected at least one point for each of at least one level, got {num_points}")
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] that fit value [B, S, M, D], and the points of each level."""
+    facts = _facts("value", value), _facts(locations_name, locations), _facts(weights_name, weights)
+    points = None if num_points is None else tuple(num_points)
+    check = _check_samples if torch.compiler.is_compiling() else _known_samples
+    points = check(*facts, locations_name, weights_name, points)
+    if num_points is None:
+        locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
+    return locations, weights, points
+
+
+def _check_samples(value, locations, weights, locations_name: str, weights_name: str, num_points) -> list[int]:
+    """The points of each level. Arguments: the `_facts` of tensors, and num_points of the caller."""
+    listed = num_points is not None
+    points = "K" if listed else "L, P"
+    layouts = "[B, S, M, D]", f"[B, Q, M, {points}, 2]", f"[B, Q, M, {points}]"
+    if listed and (not num_points or min(num_points) < 1):
+        raise ValueError(
+            f"num_points: expected at least one point for each of at least one level, got {list(num_points)}"
+        )
+    names = "value", locations_name, weights_name
+    for name, layout, (shape, dtype, device) in zip(names, layouts, (value, locations, weights), strict=True):
+        rank = layout.count(",") + 1
+        if len(shape) != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(shape)}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
+        _check_same_device(name, device, value[2])
+    B, _, M, D = value[0]
+    Q, sizes = locations[0][1], (sum(num_points),) if listed else locations[0][3:-1]
+    if min(sizes) < 1:
+        raise ValueError(f"{locations_name}: expected at least one level and point, got shape {tuple(locations[0])}")
     if D < 1 or M < 1:
-        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value.shape)}")
-    Q = locations.shape[1] if locations.dim() > 1 else -1
-    if locations.shape != (B, Q, M, K, 2):
-        _raise_shape(locations_name, f"({B}, Q, {M}, L, P, 2) with L * P = {K}", locations)
-    if weights.shape != (B, Q, M, K):
-        _raise_shape(weights_name, f"({B}, {Q}, {M}, L, P) with L * P = {K}", weights)
+        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value[0])}")
+    if locations[0] != (B, Q, M, *sizes, 2):
+        _raise_shape(locations_name, f"({', '.join(map(str, (B, 'Q', M, *sizes, 2)))})", locations[0])
+    if weights[0] != (B, Q, M, *sizes):
+        _raise_shape(weights_name, (B, Q, M, *sizes), weights[0])
+    return list(num_points) if listed else [sizes[1]] * sizes[0]
+
+
+# the checks take longer than a small call may; what passed them once passes again
+_known_samples = functools.lru_cache(maxsize=1024)(_check_samples)
 
 
 class _Levels(NamedTuple):
@@ -267,7 +267,7 @@ def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> _Levels
     S, device = value.shape[1], value.device
     if level_start_index is None and isinstance(spatial_shapes, list | tuple) and not torch.compiler.is_compiling():
         key = tuple(spatial_shapes)
-        if all(type(row) is tuple for row in key):
+        if set(map(type, key)) == {tuple}:
             return _listed_levels(key, S, L, device)
     return _checked_levels(spatial_shapes, level_start_index, S, L, device)
 
@@ -305,9 +305,9 @@ def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tup
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
         if x.shape != shape:
-            _raise_shape(name, shape, x)
+            _raise_shape(name, shape, x.shape)
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            _check_same_device(name, x, device)
+            _check_same_device(name, x.device, device)
             return x, None
         values = x.tolist()
     else:

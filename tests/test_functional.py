@@ -68,7 +68,7 @@ BAD = [
     (ValueError, "method: expected one of .*'nearest'", {"method": "nearest"}),
     (ValueError, "num_points: expected at least one point", {"num_points": []}),
     (ValueError, "num_points: expected at least one point", {"num_points": [4, 0]}),
-    (ValueError, "sampling_locations: expected shape", {"num_points": [2, 2]}),
+    (ValueError, "sampling_locations: expected 5 dimensions", {"num_points": [2, 2]}),
 ]
 
 
