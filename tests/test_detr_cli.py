@@ -239,7 +239,7 @@ def test_inspect(data, run, tmp_path, capsys):
     image, out = data / "val" / "000001.jpg", tmp_path / "new" / "points.png"
     assert main(["inspect", best, "--image", str(image), "--query", "3", "--layer", "1", "--out", str(out)]) == 0
     # heads x levels x points
-    assert "the 24 points that query 3 (" in capsys.readouterr().out
+    assert "the 12 points that query 3 (" in capsys.readouterr().out
     before, after = (np.asarray(Image.open(path).convert("RGB")).astype(int) for path in (image, out))
     assert before.shape == after.shape and (np.abs(before - after).max(2) > 60).sum() > 100
     for flags, message in (

@@ -164,10 +164,15 @@ def test_metrics_are_means_over_the_steps(splits, straight_run):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_autocast_keeps_the_loss_close(splits, amp):
-    exact = advance(Trainer(replace(SMALL, dropout=0.0), splits[0], CPU), 3)
-    trainer = Trainer(replace(SMALL, dropout=0.0, amp=amp), splits[0], CPU)
-    assert advance(trainer, 3) == pytest.approx(exact, rel=0.05)
+@pytest.mark.parametrize(
+    "changes", [{"two_stage": False}, {"lr": 1e-9, "lr_backbone": 1e-9}], ids=["learns", "two_stage"]
+)
+def test_autocast_keeps_the_loss_close(splits, changes, amp):
+    # which proposals are the best of two stages may hang on a rounding, and what is learned then on them
+    config = replace(SMALL, dropout=0.0, **changes)
+    exact = advance(Trainer(config, splits[0], CPU), 3)
+    trainer = Trainer(replace(config, amp=amp), splits[0], CPU)
+    assert advance(trainer, 3) == pytest.approx(exact, rel=0.002)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 

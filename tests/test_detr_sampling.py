@@ -25,7 +25,7 @@ def test_the_points_and_weights_give_the_result_of_the_attention(changes, layer)
     calls = []
     attention.register_forward_hook(lambda module, args, output: calls.append((args, output)))
     _, locations, weights = sampling_points(model, torch.randn(3, 48, 80), layer)
-    assert locations.shape == (6, 2, 3, 4, 2) and weights.shape == (6, 2, 3, 4)
+    assert locations.shape == (6, 2, 3, 2, 2) and weights.shape == (6, 2, 3, 2)
     torch.testing.assert_close(weights.sum((2, 3)), torch.ones(6, 2))
     [((_, _, memory, shapes), expected)] = calls
     with torch.no_grad():
