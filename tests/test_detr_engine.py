@@ -204,7 +204,7 @@ def test_compiled_without_a_graph_break(splits, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     changes = {"enc_layers": 1, "dec_layers": 1, "dropout": 0.0, "augment": "official", "max_size": 100, "steps": 3}
     small = {name: getattr(SMALL, name) for name in ("d_model", "n_heads", "ffn_dim", "n_queries", "image_size")}
-    config = preset("tiny", **small, **changes, batch_size=2, grad_checkpointing=True, amp="bf16")
+    config = preset("tiny", **small, **changes, n_levels=2, batch_size=2, grad_checkpointing=True, amp="bf16")
     plain, compiled = (Trainer(replace(config, compile=flag), splits[0], CPU) for flag in (False, True))
     assert len({batch[0].shape for [batch] in plain.batches()}) > 1
     assert advance(compiled, 3) == pytest.approx(advance(plain, 3), rel=1e-4)

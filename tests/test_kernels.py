@@ -68,7 +68,9 @@ def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkey
 
 
 @pytest.mark.parametrize("width", [0, 2, 8])
-@pytest.mark.parametrize(("shapes", "starts"), [(SHAPES, None), ([(9, 1), (1, 9)], None), ([(3, 5), (4, 4)], [16, 0])])
+@pytest.mark.parametrize(
+    ("shapes", "starts"), [(SHAPES[:2], None), ([(9, 1), (1, 9)], None), ([(3, 5), (4, 4)], [16, 0])]
+)
 def test_pixels_as_queries_are_taken_in_rectangles(shapes, starts, width, device, monkeypatch, poisoned_empty):
     """An order of work: every query once, whatever the sizes and the order of the levels in memory."""
     launch, grids = tuning.launch, []
@@ -165,12 +167,12 @@ def test_gradcheck_on_the_shapes_of_the_original(D, device):
     assert torch.autograd.gradcheck(function, (value, locations, weights), fast_mode=True)
 
 
-def test_gradcheck_and_gradgradcheck_of_every_entry(device):
+def test_gradcheck_of_every_entry_and_gradgradcheck(device):
     shapes = [(2, 2)]
     inputs = make_inputs(shapes, B=1, Q=1, M=1, D=2, P=2, dtype=torch.float64, device=device)
     function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton")  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("B, Q", [(0, 3), (2, 0), (0, 0)])
@@ -238,11 +240,11 @@ def test_only_the_gradients_asked_for(needs, device, monkeypatch):
     calls = []
     launch = msda_triton.backward.launch_backward
     monkeypatch.setattr(msda_triton.backward, "launch_backward", lambda *a: calls.append(launch(*a)) or calls[-1])
-    inputs = make_inputs(SHAPES[:2], D=16, device=device)
+    inputs = make_inputs(SHAPES[:2], B=1, M=1, D=16, device=device)
     full = gradients(
         lambda v, x, a: ms_deform_attn(v, SHAPES[:2], x, a, backend="triton"),
         inputs,
-        torch.ones(2, 19, 32, device=device),
+        torch.ones(1, 19, 16, device=device),
     )
     calls.clear()
     some = [x.detach().requires_grad_(bool(n)) for x, n in zip(inputs, needs, strict=True)]

@@ -45,7 +45,7 @@ def calls(draw):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @settings(
-    max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(call=calls())
 def test_agrees_with_the_specification(backend, call):
@@ -71,7 +71,7 @@ def test_agrees_with_the_specification(backend, call):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(-(2**33), 2**33) | st.integers(-3, 9), min_size=4, max_size=4),
     starts=st.none() | st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 30), min_size=2, max_size=2),
