@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to; what it holds is lost")
     parser.add_argument("--train", type=int, default=2000, help="training images")
     parser.add_argument("--val", type=int, default=200, help="validation images")
-    parser.add_argument("--steps", type=int, default=2100, help="optimiser steps of 8 images")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of 8 images")
     options = parser.parse_args(arguments)
 
     data, run, pictures = options.out / "data", options.out / "run", options.out / "predict"
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     if cli.main(["synth", str(data), "--train", str(options.train), "--val", str(options.val)]):
         return 1
     start = time.perf_counter()
-    size = ["--steps", str(options.steps), "--image-size", "128", "--set", "eval_steps=700"]
+    size = ["--steps", str(options.steps), "--image-size", "128", "--set", "eval_steps=1000"]
     if cli.main(["train", "--data", str(data), "--preset", "tiny", "--out", str(run), *size]):
         return 1
     seconds = time.perf_counter() - start
