@@ -30,8 +30,8 @@ class ResNetBackbone(nn.Module):
             )
         except URLError as error:
             raise RuntimeError(
-                f"pretrained_backbone: the weights of {config.backbone} could not be downloaded ({error.reason}); "
-                "set it to false, or give weights from a file"
+                f"pretrained_backbone: the ImageNet weights of {config.backbone} could not be downloaded "
+                f"({error.reason}); --no-pretrained starts without them, --weights from a file"
             ) from error
         stages = (body.layer2, body.layer3, body.layer4)[-config.n_levels :]
         self.channels = [stage[-1].conv2.out_channels * stage[-1].expansion for stage in stages]

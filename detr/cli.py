@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_split_names(training, "train")
     _add_split_names(training, "val")
     add_flags(training)
-    _add_device(training)
+    _add_device_and_workers(training)
 
     evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
     evaluation.add_argument("--data", type=Path, required=True, help="folder of a COCO-format dataset")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     evaluation.add_argument("--batch-size", type=_at_least(1), help="images of one size at once (as in the training)")
     evaluation.add_argument("--out", type=Path, help="also write the metrics to this json file")
-    _add_device(evaluation)
+    _add_device_and_workers(evaluation)
 
     prediction = add("predict", _predict, "Detect objects in images: pictures with boxes, and predictions.json.")
     prediction.add_argument(
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="images of one size at once (%(default)s)",
     )
-    prediction.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    _add_device(prediction)
 
     inspection = add("inspect", _inspect, "Say what a checkpoint is; with --image, draw where one query looks.")
     inspection.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     inspection.add_argument(
         "--out", type=Path, default=Path("runs/sampling.png"), help="picture to write (%(default)s)"
     )
-    inspection.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    _add_device(inspection)
 
     export = add("export", _export, "Write the weights of a checkpoint for other code, or the whole model.")
     export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
@@ -159,12 +159,17 @@ def _at_least(smallest: int) -> Callable[[str], int]:
 
 def _add_split_names(parser: argparse.ArgumentParser, split: str) -> None:
     for what, kind in (("json", "json"), ("images", "image folder")):
-        text = f"{kind} of the split {split}, relative to --data, if its name is not one of COCO's"
+        text = f"{kind} of the split {split}, relative to the dataset, if its name is not one of COCO's"
         parser.add_argument(f"--{split}-{what}", type=Path, help=text)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1, ... (%(default)s)")
+    text = "cpu, cuda, cuda:1, ... (cuda if there is a GPU, else cpu)"
+    parser.add_argument("--device", default=_default_device(), help=text)
+
+
+def _add_device_and_workers(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
     parser.add_argument(
         "--workers", type=_at_least(0), help="processes that load images (default: 0 if all fit in memory)"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from detr import checkpoint, distributed
-from detr.config import BACKENDS, PRESETS, RECIPES, Config, departures, preset
+from detr.config import BACKENDS, PRESETS, RECIPE_FIELDS, RECIPES, Config, departures, preset
 from detr.data import Split, find_split, load_split, validation_loader
 from detr.engine import train
 from detr.images import DataError
@@ -25,7 +25,7 @@ CONFIG_FLAGS = {
     "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
     "accumulate": (int, "batches that a process computes one after the other for a step; saves memory"),
     "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
-    "image_size": (int, "shortest side of an image in the model, pixels"),
+    "image_size": (int, "shortest side of an image in the model, pixels; the longest allowed follows it"),
     "ema": (float, "decay of averaged weights, e.g. 0.999; 0 averages none"),
     "amp": (("none", "bf16", "fp16"), "autocast of the model; boxes and losses stay float32"),
     "patience": (int, "evaluations without a better AP that end the run; 0 never does"),
@@ -60,11 +60,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
     for name, (kind, text) in CONFIG_FLAGS.items():
         values = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
-        parser.add_argument(_flag(name), default=argparse.SUPPRESS, help=f"{text} (the recipe's)", **values)
+        parser.add_argument(
+            _flag(name),
+            default=argparse.SUPPRESS,
+            help=f"{text} (the {'recipe' if name in RECIPE_FIELDS else 'preset'}'s)",
+            **values,
+        )
     for name, text in SWITCHES.items():
         parser.add_argument(_flag(name), default=argparse.SUPPRESS, action="store_true", help=text)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the config, value as json"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the config (detr/config.py lists them), value as json; may be repeated",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases, if installed")
 
@@ -99,7 +108,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     distributed.wait()
     splits = splits or _load(data, config, read_headers=False)
     try:
-        trainer = Trainer(config, splits["train"], device, options.workers, fresh=not options.resume)
+        trainer = Trainer(
+            config, splits["train"], device, options.workers, fresh=not (options.resume or options.weights)
+        )
     except RuntimeError as error:  # the backbone's weights cannot be downloaded
         raise TrainingError(str(error)) from error
     val = validation_loader(splits["val"], config, device, options.workers)
@@ -117,6 +128,8 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         if report:
             print(report)
         _introduce(trainer, val.dataset.split, out)
+        if trainer.finished:
+            print(f"finished already, at step {trainer.steps_done}; to go on, start a run with --weights {out}/best.pt")
     metrics = train(trainer, val, out, data)
     if distributed.is_main():
         if metrics is None:
@@ -185,7 +198,9 @@ def _config(options: argparse.Namespace) -> Config:
     names = (*CONFIG_FLAGS, *SWITCHES)
     overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
     for text in options.set:
-        name, _, value = text.partition("=")
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise DataError(f"--set: expected FIELD=VALUE, got {text!r}")
         try:
             overrides[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -216,7 +231,7 @@ def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
 
 def _resumed_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
-    changed += [name for name in ("recipe", "wandb", "weights") if getattr(options, name)]
+    changed += [name for name in ("recipe", "wandb", "weights", "no_pretrained", *_DATA) if getattr(options, name)]
     if changed:
         raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
     return checkpoint.config_of(state, options.resume)

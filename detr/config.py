@@ -215,7 +215,7 @@ PRESETS: dict[str, Config] = {
 
 
 # what a recipe decides
-_RECIPE_FIELDS = (
+RECIPE_FIELDS = (
     *("augment", "lr", "lr_backbone", "lr_offsets_mult", "beta2", "weight_decay", "clip_norm", "batch_size"),
     *("epochs", "steps", "warmup_steps", "schedule", "eval_every", "eval_steps", "ema"),
 )
@@ -236,7 +236,7 @@ def recipe_fields(recipe: str, preset_name: str) -> dict[str, Any]:
     source = PRESETS[preset_name]
     if (source.recipe == "tiny") != (recipe == "tiny"):
         source = _TINY if recipe == "tiny" else _DEFORMABLE
-    fields = {name: getattr(source, name) for name in _RECIPE_FIELDS}
+    fields = {name: getattr(source, name) for name in RECIPE_FIELDS}
     if recipe == "finetune":
         fields |= {"lr": 1e-4, "lr_backbone": 1e-5, "batch_size": 16, "epochs": 24, "steps": None, "ema": 0.999}
     return fields | {"recipe": recipe}

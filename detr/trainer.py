@@ -38,7 +38,7 @@ class Trainer:
 
     Args:
         workers: see `detr.data.make_loader`.
-        fresh: False where `load_state` will follow: the backbone's pre-trained weights are not fetched.
+        fresh: False where `load_state` or other weights will follow: the backbone's pre-trained ones are not fetched.
 
     Raises:
         TrainingError: the batch cannot be divided among the processes, or the backend is not for this device.

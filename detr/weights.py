@@ -150,7 +150,7 @@ def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
         raise ValueError(f"layout: expected official or hf, got {layout!r}")
     if config.backbone == "tiny" or config.own_level_only:
         what = "backbone tiny" if config.backbone == "tiny" else "own_level_only"
-        raise ValueError(f"layout: {layout} has no such model: {what}")
+        raise ValueError(f"layout: {layout} has no model with {what}; onnx, torch-export and aoti take any")
     converted = {}
     for key, tensor in model.state_dict().items():
         keys = [key]

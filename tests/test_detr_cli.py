@@ -106,7 +106,11 @@ def test_resume_of_a_finished_run_changes_nothing(run, capsys):
     assert main(["train", "--resume", str(run)]) == 0
     assert {name: (run / name).read_bytes() for name in files} == files
     assert main(["train", "--resume", str(run), "--lr", "1"]) == 1
-    assert "--resume continues the run as it was: lr cannot be changed" in capsys.readouterr().err
+    out, error = capsys.readouterr()
+    assert f"finished already, at step 2; to go on, start a run with --weights {run}/best.pt" in out
+    assert "--resume continues the run as it was: lr cannot be changed" in error
+    assert main(["train", "--resume", str(run), "--data", "elsewhere"]) == 1
+    assert "--resume continues the run as it was: data cannot be changed" in capsys.readouterr().err
 
 
 def test_weights_of_another_label_set(data, run, tmp_path, capsys):
@@ -156,6 +160,8 @@ def test_a_real_backbone_from_random_weights_exported(data, tmp_path, capsys, mo
     assert main(["train", *arguments[:4], "--out", str(tmp_path / "b"), *small]) == 1
     error = capsys.readouterr().err
     assert error.startswith("detr train: error: pretrained_backbone: ") and error.count("\n") == 1
+    # weights of a whole detector need no others
+    assert main(["train", "--weights", str(exported), *arguments[:4], "--out", str(tmp_path / "b"), *small]) == 0
 
 
 def test_errors_are_one_line(data, run, tmp_path, capsys):
@@ -173,6 +179,7 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
         (["train", "--data", str(broken)], f"{json_path}: annotation 11: category_id: 4 is none of the 3"),
         (["train", "--data", str(data), "--out", str(run)], f"{run / 'checkpoint.pt'}: a run is here already"),
         (["train", "--data", str(data), "--set", "colour=red"], "config: unknown field 'colour'"),
+        (["train", "--data", str(data), "--set", "n_queries"], "--set: expected FIELD=VALUE, got 'n_queries'"),
         (["train", "--data", str(data), "--set", 'dropout="x"'], "config: dropout: expected float"),
         (
             ["train", "--data", str(data), "--device", "abacus"],
@@ -189,7 +196,7 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
         (["predict", str(tmp_path / "none.jpg"), "--checkpoint", best], "none.jpg: expected an image"),
         (
             ["export", "--checkpoint", best, "--to", "hf", "--out", str(tmp_path / "x")],
-            f"{best}: layout: hf has no such",
+            f"{best}: layout: hf has no model with backbone tiny",
         ),
     ):
         assert main(arguments) == 1, arguments

@@ -365,5 +365,5 @@ def test_bad_arguments(tmp_path):
         load_weights(model, tmp_path, ["cat"])
     with pytest.raises(ValueError, match="layout: expected official or hf, got 'mmdet'"):
         convert_weights(model, "mmdet")
-    with pytest.raises(ValueError, match="layout: hf has no such model: backbone tiny"):
+    with pytest.raises(ValueError, match="layout: hf has no model with backbone tiny"):
         convert_weights(model, "hf")
