@@ -12,7 +12,6 @@ held before its first step. On a GPU a step is forward, loss, backward, clipping
 import argparse
 import csv
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -131,10 +130,16 @@ def compare_times(config: Config, size: tuple[int, int], rounds: int) -> dict[st
 def peak_memory(name: str, config: Config, size: tuple[int, int]) -> float:
     """MiB that two steps add to this process at their peak."""
     step = cpu_step(name, config)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    before = _memory("VmRSS")
     for seed in range(2):
         step(torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> float:
+    """MiB that this process holds (VmRSS) or has held at most (VmHWM); ru_maxrss would count its parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**10
 
 
 def training_step(config: Config, size: tuple[int, int], batch: int, backend: str, dtype: str, steps: int) -> dict:

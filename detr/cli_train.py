@@ -23,7 +23,10 @@ CONFIG_FLAGS = {
     "steps": (int, "optimiser steps"),
     "epochs": (int, "passes over the training images; used where steps is not set"),
     "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
-    "accumulate": (int, "batches that a process computes one after the other for a step; saves memory"),
+    "accumulate": (
+        int,
+        "batches that a process computes one after the other for a step, to save memory; 0: of 2 images at most",
+    ),
     "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
     "image_size": (int, "shortest side of an image in the model, pixels; the longest allowed follows it"),
     "ema": (float, "decay of averaged weights, e.g. 0.999; 0 averages none"),
@@ -171,8 +174,8 @@ def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
     millions = sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6
     images = f"{len(trainer.split.images)} training and {len(val.images)} validation images"
     print(f"{config.name}: {millions:.2f} M parameters; {images}; {len(trainer.split.categories)} classes")
-    size = config.batch_size // config.accumulate // trainer.world
-    batch = f"{trainer.world} processes x {config.accumulate} accumulated batches x {size} images"
+    size = config.batch_size // trainer.accumulate // trainer.world
+    batch = f"{trainer.world} processes x {trainer.accumulate} accumulated batches x {size} images"
     passes = trainer.total_steps * config.batch_size / len(trainer.split.images)
     steps = f"{trainer.total_steps} steps of {config.batch_size} images = {passes:.1f} epochs"
     print(f"recipe {config.recipe}: {steps}; a step: {batch}")

@@ -63,7 +63,9 @@ class Config:
     weight_decay: float = 1e-4  # AdamW, on every parameter as the original does
     clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
     batch_size: int = 32  # images per optimiser step, over all processes and accumulated batches
-    accumulate: int = 1  # batches that a process computes one after the other for each optimiser step
+    # batches that a process computes one after the other for each optimiser step; 0: so many that they have 2 images at
+    # most, what a GPU of the original runs had at a time
+    accumulate: int = 0
     epochs: int = 50  # passes over the training images
     steps: int | None = None  # optimiser steps; if set, they decide and not epochs
     warmup_steps: int = 0  # linear warm-up from 0 to lr
@@ -95,20 +97,20 @@ class Config:
                 raise ValueError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         for field in (
             *("d_model", "n_heads", "ffn_dim", "dec_layers", "n_levels", "enc_points", "dec_points", "n_queries"),
-            *("image_size", "max_size", "batch_size", "accumulate", "epochs", "eval_every", "max_nonfinite"),
+            *("image_size", "max_size", "batch_size", "epochs", "eval_every", "max_nonfinite"),
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
         for field in ("steps", "eval_steps"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
-        for field in ("seed", "patience", "max_unreadable"):
+        for field in ("seed", "patience", "max_unreadable", "accumulate"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}: expected at least 0, got {getattr(self, field)}")
         for field in ("beta2", "ema"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}: expected a number from 0 to below 1, got {getattr(self, field)}")
-        if self.batch_size % self.accumulate:
+        if self.accumulate and self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
@@ -122,6 +124,11 @@ class Config:
             raise ValueError('attention: "global" needs n_levels = 1, refine = False and own_level_only = False')
         if self.class_loss == "softmax" and self.two_stage:
             raise ValueError('class_loss: two_stage needs "focal" or "varifocal", got "softmax"')
+
+    def accumulated_batches(self, processes: int) -> int:
+        """`accumulate`, chosen if it is 0."""
+        share = max(1, self.batch_size // processes)
+        return self.accumulate or next(n for n in range(1, share + 1) if share % n == 0 and share // n <= 2)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dict of json types."""
@@ -174,6 +181,7 @@ _TINY = Config(
     lr_backbone=4e-3,
     beta2=0.98,
     batch_size=8,
+    accumulate=1,
     steps=2000,
     eval_steps=500,
     warmup_steps=100,

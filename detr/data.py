@@ -350,6 +350,6 @@ def validation_loader(
     """
     dataset = CocoDataset(split, evaluation_transform(), (config.image_size, config.max_size), blank_unreadable=True)
     rank, world = distributed.rank(), distributed.world_size()
-    batch_size = batch_size or max(1, config.batch_size // config.accumulate // world)
+    batch_size = batch_size or max(1, config.batch_size // config.accumulated_batches(world) // world)
     batches = same_size_batches(dataset.sizes(range(len(dataset))), batch_size)
     return make_loader(dataset, batches[rank::world], device, workers)

@@ -48,9 +48,10 @@ class Trainer:
         self, config: Config, split: Split, device: torch.device, workers: int | None = None, fresh: bool = True
     ) -> None:
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        if config.batch_size % (config.accumulate * self.world):
+        self.accumulate = config.accumulated_batches(self.world)
+        if config.batch_size % (self.accumulate * self.world):
             raise TrainingError(
-                f"batch_size: expected a multiple of {self.world} processes x {config.accumulate} accumulated batches, "
+                f"batch_size: expected a multiple of {self.world} processes x {self.accumulate} accumulated batches, "
                 f"got {config.batch_size}"
             )
         if config.backend == "inductor" and device.type != "cpu":
@@ -117,13 +118,12 @@ class Trainer:
 
     def batches(self) -> Iterator[list[Batch]]:
         """What this process computes in each step that remains: `accumulate` batches."""
-        accumulate = self.config.accumulate
-        size = self.config.batch_size // (accumulate * self.world)
-        first, end = (steps * accumulate for steps in (self.steps_done, self.total_steps))
+        size = self.config.batch_size // (self.accumulate * self.world)
+        first, end = (steps * self.accumulate for steps in (self.steps_done, self.total_steps))
         indices = (range(b * size, (b + 1) * size) for b in range(first, end))
         stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world)
         loader = iter(make_loader(stream, indices, self.device, self.workers))
-        while batches := list(itertools.islice(loader, accumulate)):
+        while batches := list(itertools.islice(loader, self.accumulate)):
             yield batches
 
     def step(self, batches: list[Batch], stop: bool = False) -> float:

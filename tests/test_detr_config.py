@@ -98,3 +98,22 @@ def test_departures_from_the_recipe(name):
 def test_unknown_preset_lists_the_known():
     with pytest.raises(ValueError, match=r"preset: expected one of tiny, .*detr_r50_dc5_plus, got 'huge'"):
         preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "processes", "expected"),
+    [
+        (32, 0, 1, 16),
+        (32, 0, 8, 2),
+        (32, 0, 16, 1),
+        (32, 0, 32, 1),
+        (9, 0, 1, 9),
+        (1, 0, 1, 1),
+        (2, 0, 4, 1),
+        (32, 4, 2, 4),
+    ],
+)
+def test_batches_are_accumulated_where_a_process_would_have_many_images(batch_size, accumulate, processes, expected):
+    config = preset("deformable_detr_r50", batch_size=batch_size, accumulate=accumulate)
+    assert config.accumulated_batches(processes) == expected
+    assert preset("tiny").accumulated_batches(1) == 1
