@@ -25,7 +25,8 @@ CONFIG_FLAGS = {
     "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
     "accumulate": (
         int,
-        "batches that a process computes one after the other for a step, to save memory; 0: of 2 images at most",
+        "batches that a process computes one after the other for a step, to save memory; 0, for all but the tiny "
+        "presets: enough for 2 images at most in each",
     ),
     "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
     "image_size": (int, "shortest side of an image in the model, pixels; the longest allowed follows it"),
@@ -44,16 +45,14 @@ _DATA = ("data", "train_json", "train_images", "val_json", "val_images")
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `train`, those of the data and the device apart."""
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="tiny", metavar="NAME", help=f"model: {', '.join(PRESETS)} (%(default)s)"
-    )
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"model: {', '.join(PRESETS)} (tiny)")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
         help="how it is trained: official, as in the paper, from an ImageNet backbone; finetune, from --weights of a "
         "detector; tiny, small models from nothing (the preset's)",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/train"), help="new run directory (%(default)s)")
+    parser.add_argument("--out", type=Path, help="new run directory (runs/train)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
     parser.add_argument(
         "--weights",
@@ -96,7 +95,7 @@ def run_training(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> int:
-    out = options.resume or options.out
+    out = options.resume or options.out or Path("runs/train")
     path = out / "checkpoint.pt"
     if options.resume:
         state = checkpoint.load(path)
@@ -212,7 +211,7 @@ def _config(options: argparse.Namespace) -> Config:
         overrides["pretrained_backbone"] = False
     if "epochs" in overrides:
         overrides.setdefault("steps", None)
-    return scaled_preset(options.preset, options.recipe, **overrides)
+    return scaled_preset(options.preset or "tiny", options.recipe, **overrides)
 
 
 def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
@@ -234,7 +233,11 @@ def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
 
 def _resumed_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
     changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
-    changed += [name for name in ("recipe", "wandb", "weights", "no_pretrained", *_DATA) if getattr(options, name)]
+    changed += [
+        name
+        for name in ("preset", "out", "recipe", "wandb", "weights", "no_pretrained", *_DATA)
+        if getattr(options, name)
+    ]
     if changed:
         raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
     return checkpoint.config_of(state, options.resume)

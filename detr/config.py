@@ -64,7 +64,7 @@ class Config:
     clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
     batch_size: int = 32  # images per optimiser step, over all processes and accumulated batches
     # batches that a process computes one after the other for each optimiser step; 0: so many that they have 2 images at
-    # most, what a GPU of the original runs had at a time
+    # most, which is what a GPU had at a time in the original runs
     accumulate: int = 0
     epochs: int = 50  # passes over the training images
     steps: int | None = None  # optimiser steps; if set, they decide and not epochs
@@ -126,7 +126,7 @@ class Config:
             raise ValueError('class_loss: two_stage needs "focal" or "varifocal", got "softmax"')
 
     def accumulated_batches(self, processes: int) -> int:
-        """`accumulate`, chosen if it is 0."""
+        """Batches of each process in an optimiser step: `accumulate`, or if it is 0 enough for 2 images at most."""
         share = max(1, self.batch_size // processes)
         return self.accumulate or next(n for n in range(1, share + 1) if share % n == 0 and share // n <= 2)
 

@@ -48,12 +48,12 @@ class Trainer:
         self, config: Config, split: Split, device: torch.device, workers: int | None = None, fresh: bool = True
     ) -> None:
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.accumulate = config.accumulated_batches(self.world)
-        if config.batch_size % (self.accumulate * self.world):
+        if config.batch_size % (max(1, config.accumulate) * self.world):
+            accumulated = f" x {config.accumulate} accumulated batches" if config.accumulate else ""
             raise TrainingError(
-                f"batch_size: expected a multiple of {self.world} processes x {self.accumulate} accumulated batches, "
-                f"got {config.batch_size}"
+                f"batch_size: expected a multiple of {self.world} processes{accumulated}, got {config.batch_size}"
             )
+        self.accumulate = config.accumulated_batches(self.world)
         if config.backend == "inductor" and device.type != "cpu":
             raise TrainingError(f"backend: inductor is for CPUs, and this run is on {device}")
         torch.manual_seed(config.seed)

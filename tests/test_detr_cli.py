@@ -109,8 +109,11 @@ def test_resume_of_a_finished_run_changes_nothing(run, capsys):
     out, error = capsys.readouterr()
     assert f"finished already, at step 2; to go on, start a run with --weights {run}/best.pt" in out
     assert "--resume continues the run as it was: lr cannot be changed" in error
-    assert main(["train", "--resume", str(run), "--data", "elsewhere"]) == 1
-    assert "--resume continues the run as it was: data cannot be changed" in capsys.readouterr().err
+    for name in ("data", "out"):
+        assert main(["train", "--resume", str(run), f"--{name}", "elsewhere"]) == 1
+        assert f"--resume continues the run as it was: {name} cannot be changed" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--preset", "tiny"]) == 1
+    assert "--resume continues the run as it was: preset cannot be changed" in capsys.readouterr().err
 
 
 def test_weights_of_another_label_set(data, run, tmp_path, capsys):

@@ -122,3 +122,5 @@ def test_a_batch_that_cannot_be_divided(split, monkeypatch):
         TrainingError, match="batch_size: expected a multiple of 3 processes x 1 accumulated batches, got 4"
     ):
         Trainer(CONFIG, split, CPU)
+    with pytest.raises(TrainingError, match="batch_size: expected a multiple of 3 processes, got 4"):
+        Trainer(replace(CONFIG, accumulate=0), split, CPU)
