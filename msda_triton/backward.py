@@ -8,13 +8,12 @@ from torch import Tensor
 from msda_triton.bilinear import (
     add_offsets,
     add_pixel,
-    as_column,
+    as_weight,
     corners,
     load_level,
     load_offsets,
     load_pixel,
     load_reference,
-    load_weight,
     narrow,
     queries,
     rectangle_of_program,
@@ -32,7 +31,19 @@ def _store_row(ptr, x, mask_q, LANES: tl.constexpr):
     """Store [BLOCK_Q], as columns of which the first is written: x keeps its layout and shared memory stays unused."""
     lane = tl.arange(0, LANES)[None, :]
     mask = mask_q[:, None] & (lane == 0)
-    tl.store(ptr[:, None] + lane * 0, narrow(tl.broadcast_to(x[:, None], [x.shape[0], LANES]), ptr), mask=mask)
+    tl.store(ptr[:, None] + lane, narrow(tl.broadcast_to(x[:, None], [x.shape[0], LANES]), ptr), mask=mask)
+
+
+@triton.jit
+def _store_pair(ptr, x, y, mask_q, LANES: tl.constexpr):
+    """Store x [BLOCK_Q] at ptr and y behind it: in one store if they are float32, at a multiple of 8 bytes then."""
+    if ptr.dtype.element_ty == tl.float32:
+        low = narrow(x, ptr).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        word = (narrow(y, ptr).to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+        _store_row(ptr.to(tl.pointer_type(tl.int64), bitcast=True), word, mask_q, LANES)
+    else:
+        _store_row(ptr, x, mask_q, LANES)
+        _store_row(ptr + 1, y, mask_q, LANES)
 
 
 @triton.jit
@@ -44,13 +55,13 @@ def _backward_pixel(
     """<grad_out, value> of one pixel per row [BLOCK_Q]; adds weight * grad_out to the pixel's gradient."""
     dot = tl.zeros_like(weight)
     if NEEDS_SAMPLE:
-        v = load_pixel(value_ptrs, as_column(inside, d) & mask_d, grad_out.dtype, D, PACK, CHUNKS)
+        v = load_pixel(value_ptrs, inside[:, None] & mask_d, grad_out.dtype, D, PACK, CHUNKS)
         dot = tl.sum(grad_out * v, 1)
     if NEEDS_VALUE:
         grad = weight[:, None] * grad_out
         if scale is not None:
             grad = tl.floor(grad * scale + 0.5).to(tl.int64)
-        add_pixel(grad_ptrs, grad, as_column(inside & mask_q, d_add) & mask_add, D, VEC, CHUNKS)
+        add_pixel(grad_ptrs, grad, (inside & mask_q)[:, None] & mask_add, D, VEC, CHUNKS)
     return dot
 
 
@@ -61,7 +72,7 @@ def _msda_bwd_kernel(
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
-    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     """Gradients of out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
@@ -71,11 +82,14 @@ def _msda_bwd_kernel(
     """
     NEEDS_VALUE: tl.constexpr = grad_value_ptr is not None
     NEEDS_SAMPLE: tl.constexpr = grad_loc_ptr is not None or grad_attn_ptr is not None
-    CHUNKS: tl.constexpr = max(min(LANE_D, D) // VEC, 1) if VEC > 0 and D == BLOCK_D else 1
-    LANES: tl.constexpr = max(BLOCK_D // (max(VEC, 1) * CHUNKS), 1)
+    # before Triton 3.6 min and max of constants are tensors, and before 3.4 only two conditions may be joined
+    LANE: tl.constexpr = LANE_D if LANE_D < D else D
+    CHUNKS: tl.constexpr = LANE // VEC if (VEC > 0 and D == BLOCK_D) and LANE > VEC else 1
+    LANES: tl.constexpr = BLOCK_D // (VEC * CHUNKS) if VEC > 0 else BLOCK_D
     # one program: BLOCK_Q queries of one head and image; rows without a query repeat another and are not stored
-    BLOCK_Q: tl.constexpr = min(max(TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D), 1), 128)
-    WIDTH: tl.constexpr = min(TILE_W, BLOCK_Q) if PIXELS else 0
+    FIT: tl.constexpr = TILE // (BLOCK_D if VEC > 0 else 8 * BLOCK_D)
+    BLOCK_Q: tl.constexpr = 1 if FIT < 1 else (FIT if FIT < 128 else 128)
+    WIDTH: tl.constexpr = (TILE_W if TILE_W < BLOCK_Q else BLOCK_Q) if PIXELS else 0
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     q0, tile_H, tile_W, tile_y, tile_x = rectangle_of_program(shapes_ptr, Q, L, BLOCK_Q, WIDTH)
@@ -132,7 +146,7 @@ def _msda_bwd_kernel(
             v = widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC)
             x = to_pixel(u, ref_x, step_x, W, REF_DIM, METHOD)
             y = to_pixel(v, ref_y, step_y, H, REF_DIM, METHOD)
-            attn = load_weight(attn_ptr + k + p, row_max, row_scale, ACC, REF_DIM > 0)
+            attn = as_weight(widen(tl.load(attn_ptr + k + p), ACC), row_max, row_scale, REF_DIM > 0)
             fx, fy, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W, METHOD)
             in00 = unmasked(in00, mask_level_ptr, token)
             in01 = unmasked(in01, mask_level_ptr, token + 1)
@@ -142,9 +156,9 @@ def _msda_bwd_kernel(
             w0 = attn - w1
             w01 = w0 * fx
             w11 = w1 * fx
-            top = level_ptr + as_column(token.to(tl.int64) * STRIDE_VS, d)
+            top = level_ptr + (token.to(tl.int64) * STRIDE_VS)[:, None]
             bottom = top + below
-            grad_top = grad_level_ptr + as_column(token.to(tl.int64) * (M * D), d_add)
+            grad_top = grad_level_ptr + (token.to(tl.int64) * (M * D))[:, None]
             grad_bottom = grad_top + grad_below
             g00 = _backward_pixel(
                 top, grad_top, w0 - w01, grad_out, in00, scale, d, mask_d, d_add, mask_add, mask_q,
@@ -178,16 +192,13 @@ def _msda_bwd_kernel(
                         grad_x = tl.zeros_like(grad_x)
                         grad_y = tl.zeros_like(grad_y)
                     if REF_DIM == 2:
-                        _store_row(grad_loc_ptr + 2 * (k + p), grad_x, mask_q, LANES)
-                        _store_row(grad_loc_ptr + 2 * (k + p) + 1, grad_y, mask_q, LANES)
+                        _store_pair(grad_loc_ptr + 2 * (k + p), grad_x, grad_y, mask_q, LANES)
                     grad_x *= W
                     grad_y *= H
                     if REF_DIM == 0:
-                        _store_row(grad_loc_ptr + 2 * (k + p), grad_x, mask_q, LANES)
-                        _store_row(grad_loc_ptr + 2 * (k + p) + 1, grad_y, mask_q, LANES)
+                        _store_pair(grad_loc_ptr + 2 * (k + p), grad_x, grad_y, mask_q, LANES)
                     if REF_DIM == 4:
-                        _store_row(grad_loc_ptr + 2 * (k + p), grad_x * step_x, mask_q, LANES)
-                        _store_row(grad_loc_ptr + 2 * (k + p) + 1, grad_y * step_y, mask_q, LANES)
+                        _store_pair(grad_loc_ptr + 2 * (k + p), grad_x * step_x, grad_y * step_y, mask_q, LANES)
                         sum_w += grad_x * u
                         sum_h += grad_y * v
                     sum_x += grad_x

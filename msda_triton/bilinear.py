@@ -117,9 +117,8 @@ def to_pixel(u, ref, step, size, REF_DIM: tl.constexpr, METHOD: tl.constexpr):
 
 
 @triton.jit
-def load_weight(attn_ptr, row_max, row_scale, ACC: tl.constexpr, FUSED: tl.constexpr):
+def as_weight(weight, row_max, row_scale, FUSED: tl.constexpr):
     """Attention weight of one sample per row; of a logit if FUSED, with the row's maximum and 1 / sum."""
-    weight = widen(tl.load(attn_ptr), ACC)
     if FUSED:
         weight = tl.exp(weight - row_max) * row_scale
     return weight
@@ -141,7 +140,7 @@ def corners(x, y, attn, H, W, METHOD: tl.constexpr):
         # nested selects, not one conjunction: LLVM turns four comparisons at once into eight instructions on bit masks
         x = tl.maximum(tl.where(x < W, x, -2.0), -2.0)
         y = tl.maximum(tl.where(y < H, y, -2.0), -2.0)
-        taken = (x > -1) & (y > -1)
+        taken = tl.minimum(x, y) > -1
         x0 = tl.floor(x)
         y0 = tl.floor(y)
         top = taken & (y0 >= 0)
@@ -183,19 +182,11 @@ def load_offsets(D: tl.constexpr, BLOCK_D: tl.constexpr, PACK: tl.constexpr, CHU
 def add_offsets(D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr):
     """Offsets that the first red of a row's first chunk touches, and which of them exist."""
     if VEC == 8:
-        d = (tl.arange(0, BLOCK_D // (8 * CHUNKS)) * 8)[None, :, None] + tl.arange(0, 4)[None, None, :]
+        d = tl.arange(0, BLOCK_D // (2 * CHUNKS))[None, :]
+        d = d // 4 * 8 + d % 4
     else:
         d = tl.arange(0, BLOCK_D // CHUNKS)[None, :]
     return d, d < D
-
-
-@triton.jit
-def as_column(x, offsets):
-    """[BLOCK_Q] against offsets of two or three dimensions."""
-    if len(offsets.shape) == 3:
-        return x[:, None, None]
-    else:
-        return x[:, None]
 
 
 @triton.jit
@@ -225,7 +216,7 @@ def load_chunk(ptrs, mask, ACC: tl.constexpr, PACK: tl.constexpr):
 @triton.jit
 def load_pixel(ptrs, mask, ACC: tl.constexpr, D: tl.constexpr, PACK: tl.constexpr, CHUNKS: tl.constexpr):
     """Channels of one pixel per row: [BLOCK_Q, BLOCK_D]."""
-    tl.static_assert(CHUNKS == 1 or CHUNKS == 2 or CHUNKS == 4, "LANE_D allows 1, 2 or 4 chunks")
+    tl.static_assert(CHUNKS == 1 or (CHUNKS == 2 or CHUNKS == 4), "LANE_D allows 1, 2 or 4 chunks")
     STEP: tl.constexpr = D // (PACK * CHUNKS)
     if CHUNKS == 1:
         return load_chunk(ptrs, mask, ACC, PACK)
@@ -263,8 +254,8 @@ def add_chunk(ptrs, grad, mask, VEC: tl.constexpr):
     """Add one chunk of channels per row."""
     if VEC == 8:
         a, b = tl.split(tl.permute(tl.reshape(grad, [grad.shape[0], grad.shape[1] // 8, 2, 4]), (0, 1, 3, 2)))
-        tl.atomic_add(ptrs, a, mask=mask, sem="relaxed")
-        tl.atomic_add(ptrs + 4, b, mask=mask, sem="relaxed")
+        tl.atomic_add(ptrs, tl.reshape(a, ptrs.shape), mask=mask, sem="relaxed")
+        tl.atomic_add(ptrs + 4, tl.reshape(b, ptrs.shape), mask=mask, sem="relaxed")
     else:
         tl.atomic_add(ptrs, grad, mask=mask, sem="relaxed")
 

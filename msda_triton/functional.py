@@ -265,7 +265,7 @@ class _Levels(NamedTuple):
 def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> _Levels:
     """Level sizes and starts as tensors on value's device, checked against S where the host knows them."""
     S, device = value.shape[1], value.device
-    if level_start_index is None and isinstance(spatial_shapes, list | tuple) and not torch.compiler.is_compiling():
+    if level_start_index is None and isinstance(spatial_shapes, (list, tuple)) and not torch.compiler.is_compiling():
         key = tuple(spatial_shapes)
         if set(map(type, key)) == {tuple}:
             return _listed_levels(key, S, L, device)
@@ -316,7 +316,7 @@ def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tup
         if len(values) != shape[0] or (len(shape) == 2 and lengths != [2] * shape[0]):
             raise ValueError(f"{name}: expected {' x '.join(map(str, shape))} integers, got {x!r}")
         numbers = [n for row in values for n in row] if len(shape) == 2 else values
-        if not all(isinstance(n, Integral | torch.SymInt) for n in numbers):
+        if not all(isinstance(n, (Integral, torch.SymInt)) for n in numbers):
             raise TypeError(f"{name}: expected integers, got {x!r}")
     values = tuple(tuple(row) for row in values) if len(shape) == 2 else tuple(values)
     if not isinstance(x, Tensor) or x.device != device:

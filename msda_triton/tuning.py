@@ -39,13 +39,15 @@ BACKWARD_CONFIGS = [
 CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
 # an interpreted program costs the same whatever its size
 INTERPRETED_CONFIGS = {
-    "forward": _config("TILE=4096 LANE_D=16 UNROLL=1 TILE_W=8 SPLIT=1", warps=1),
+    "forward": _config("TILE=4096 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=1),
     "backward": _config("TILE=4096 LANE_D=16 UNROLL=1 TILE_W=8", warps=1),
 }
 
-# For the large kernels: fused, with points per level that differ, or in float64. ptxas spills a few of their registers
-# to fit more programs, unless less is done at once or a thread may use all that it can have.
+# For the large kernels: fused, with points per level that differ, or in float64; 96 registers where value has more than
+# 32 channels per head. ptxas spills a few of their registers to fit more programs, unless less is done at once or a
+# thread may use all that it can have.
 _FORWARD_LARGE = _config("TILE=1024 LANE_D=16 UNROLL=2 TILE_W=8 SPLIT=1", warps=2)
+_FORWARD_96 = _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=2, registers=96)
 _BACKWARD_LARGE = _config("TILE=1024 LANE_D=8 UNROLL=1 TILE_W=8", warps=4)
 _ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2, registers=255)
 
@@ -54,7 +56,8 @@ _ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2, regis
 # a spill (benchmarks/results/compile_table.csv), and four times the programs where there are few rows.
 # `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
 TABLE = {
-    ("forward", "many"): {"": FORWARD_CONFIGS[0], "gfx1100": _FORWARD_LARGE},
+    ("forward", "many"): {"": FORWARD_CONFIGS[0], "sm_86": _FORWARD_96, "gfx1100": _FORWARD_LARGE},
+    ("forward", "wide"): {"": FORWARD_CONFIGS[0], "sm_90": _FORWARD_96},
     ("forward", "few"): {"": _FEW_QUERIES},
     ("forward", "large"): {"": _FORWARD_LARGE},
     ("backward", "many"): {"": BACKWARD_CONFIGS[0]},
@@ -93,7 +96,9 @@ def call_class(direction: str, rows: int, arguments: dict) -> str:
     few = rows < _FEW_ROWS
     if arguments["REF_DIM"] or arguments["P"] == 0 or arguments["ACC"] == tl.float64:
         return "few" if few and direction == "forward" else "large"
-    return "few" if few else "many"
+    if few:
+        return "few"
+    return "wide" if direction == "forward" and arguments["D"] > 32 else "many"
 
 
 @functools.cache

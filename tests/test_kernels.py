@@ -116,6 +116,27 @@ def test_mixed_dtypes(dtype, location_dtype, device, poisoned_empty):
     check(SHAPES[:2], inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("P", [4, 6])
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_neighbouring_numbers_are_one_load_where_memory_is_aligned(skipped, P, dtype, device, monkeypatch):
+    """Locations and weights may begin at any element of their storage: only then are they loaded one by one."""
+    launch, aligned = tuning.launch, []
+
+    def spy(direction, kernel, grid, rows, arguments):
+        aligned.append(arguments["ALIGNED"])
+        launch(direction, kernel, grid, rows, arguments)
+
+    def moved(x):
+        memory = torch.empty(x.numel() + skipped, dtype=x.dtype, device=device)
+        return memory[skipped:].view(x.shape).copy_(x.detach()).requires_grad_()
+
+    monkeypatch.setattr("msda_triton.forward.launch", spy)
+    value, *rest = make_inputs(SHAPES[:2], B=1, Q=5, M=1, D=16, P=P, dtype=dtype, device=device)
+    check(SHAPES[:2], (value, *map(moved, rest)))
+    assert aligned == [skipped == 0 or dtype == torch.float64]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_border_and_integer_positions(dtype, device):
     """Every multiple of a quarter pixel from two pixels left of the map to two right of it, on both axes."""
