@@ -182,6 +182,8 @@ def launch_forward(
         query_sizes,
     )  # fmt: skip
     out = torch.empty(B, Q, M * D, dtype=value.dtype, device=value.device)
+    aligned = all(arguments[name].data_ptr() % 8 == 0 for name in ("loc_ptr", "attn_ptr"))
+    arguments |= {"out_ptr": out, "ALIGNED": aligned}
     if out.numel():
-        launch("forward", _msda_fwd_kernel, grid(B, Q, M, query_sizes), B * Q * M, arguments | {"out_ptr": out})
+        launch("forward", _msda_fwd_kernel, grid(B, Q, M, query_sizes), B * Q * M, arguments)
     return out

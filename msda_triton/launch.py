@@ -48,15 +48,14 @@ def kernel_arguments(
     vec, pack = _vector(value)
     if pack == 2:
         value = value.view(torch.int32)
-    locations, weights = locations.contiguous(), weights.contiguous()
     double = torch.float64 in (value.dtype, locations.dtype, weights.dtype)
     return {
         "value_ptr": value,
         "shapes_ptr": spatial_shapes.contiguous(),
         "starts_ptr": None if level_start_index is None else level_start_index.contiguous(),
         "points_ptr": None if uniform else _points_table(tuple(num_points), value.device),
-        "loc_ptr": locations,
-        "attn_ptr": weights,
+        "loc_ptr": locations.contiguous(),
+        "attn_ptr": weights.contiguous(),
         "ref_ptr": None if reference_points is None else reference_points.contiguous(),
         "mask_ptr": None if value_mask is None else value_mask.contiguous().view(torch.uint8),
         "S": S,
@@ -78,7 +77,6 @@ def kernel_arguments(
         "VEC": vec,
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_K": triton.next_power_of_2(K),
-        "ALIGNED": locations.data_ptr() % 8 == 0 and weights.data_ptr() % 8 == 0,
         # a program of up to 128 queries counts from its first one in 32 bits
         "PIXELS": 0 < max(query_sizes, default=0) * 128 * M * max(D, 4 * K) < 2**31,
     }
