@@ -55,8 +55,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
 # "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
 VARIANTS = {
-    "forward": ["plain", "point", "box", "box_mask", "discrete", "list"],
-    "backward": ["plain", "point", "box", "box_mask", "frozen", "deterministic", "discrete", "list"],
+    "forward": ["plain", "point", "box", "box_mask", "list"],
+    "backward": ["plain", "point", "box", "box_mask", "frozen", "deterministic", "list"],
 }
 ENCODER = WORKLOADS["encoder"]
 
@@ -130,7 +130,6 @@ def launch_arguments(kernel: str, variant: str, dtype: str, channels: int) -> di
             torch.empty(B, Q, M, L * P, 2, dtype=wide),
             torch.empty(B, Q, M, L * P, dtype=storage),
             [P - 1, P, P, P + 1] if variant == "list" else [P] * L,
-            "discrete" if variant == "discrete" else "default",
             torch.empty(B, Q, L, 2 if variant == "point" else 4) if fused else None,
             torch.empty(B, S, dtype=torch.bool) if variant == "box_mask" else None,
             [n for size in ENCODER.levels for n in size],
@@ -270,10 +269,9 @@ def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
     rows = min(max(numbers["TILE"] // tile, share), 128)
     threads = 32 * case.warps
     levels = len(ENCODER.levels)
-    corners = 1 if case.kernel == "forward" and case.variant == "discrete" else 4
     # what one thread loads of one corner of one sample in all its rows
     bits = max(rows * block_d * DTYPES[case.dtype].itemsize * 8 // threads, max(loads))
-    issued = issued_instructions(code, loads, bits * corners * levels * ENCODER.P // share, levels)
+    issued = issued_instructions(code, loads, bits * 4 * levels * ENCODER.P // share, levels)
     return None if issued is None else round(issued * case.warps * share / rows, 1)
 
 

@@ -23,6 +23,7 @@ from msda_triton.bilinear import (
     widen,
 )
 from msda_triton.launch import MAX_BATCH, batches, grid, kernel_arguments
+from msda_triton.reference import locations_and_weights, near_level
 from msda_triton.tuning import launch
 
 
@@ -71,7 +72,7 @@ def _msda_bwd_kernel(
     grad_out_ptr, grad_value_ptr, scale_ptr, grad_loc_ptr, grad_attn_ptr, grad_ref_ptr,
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
+    REF_DIM: tl.constexpr, REF_L: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PIXELS: tl.constexpr,
     TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
@@ -144,10 +145,10 @@ def _msda_bwd_kernel(
         for p in tl.range(num_points, loop_unroll_factor=UNROLL):
             u = widen(tl.load(loc_ptr + 2 * (k + p)), ACC)
             v = widen(tl.load(loc_ptr + 2 * (k + p) + 1), ACC)
-            x = to_pixel(u, ref_x, step_x, W, REF_DIM, METHOD)
-            y = to_pixel(v, ref_y, step_y, H, REF_DIM, METHOD)
+            x = to_pixel(u, ref_x, step_x, W, REF_DIM)
+            y = to_pixel(v, ref_y, step_y, H, REF_DIM)
             attn = as_weight(widen(tl.load(attn_ptr + k + p), ACC), row_max, row_scale, REF_DIM > 0)
-            fx, fy, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W, METHOD)
+            fx, fy, taken, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W)
             in00 = unmasked(in00, mask_level_ptr, token)
             in01 = unmasked(in01, mask_level_ptr, token + 1)
             in10 = unmasked(in10, mask_level_ptr, token + W.to(tl.int32))
@@ -180,17 +181,15 @@ def _msda_bwd_kernel(
                 g_top = g00 + fx * (g01 - g00)
                 g_bottom = g10 + fx * (g11 - g10)
                 if grad_attn_ptr is not None:
-                    grad_weight = g_top + fy * (g_bottom - g_top)
+                    grad_weight = tl.where(taken, g_top + fy * (g_bottom - g_top), 0.0)
                     if REF_DIM > 0:
                         grad_weights = tl.where(cols == k + p, grad_weight[:, None], grad_weights)
                     else:
                         _store_row(grad_attn_ptr + attn_offset + k + p, grad_weight, mask_q, LANES)
                 if grad_loc_ptr is not None:
-                    grad_x = attn * ((g01 - g00) + fy * ((g11 - g10) - (g01 - g00)))  # of the pixel coordinate
-                    grad_y = attn * (g_bottom - g_top)
-                    if METHOD != "default":
-                        grad_x = tl.zeros_like(grad_x)
-                        grad_y = tl.zeros_like(grad_y)
+                    # of the pixel coordinate; grad_out may be infinite where no sample is taken
+                    grad_x = tl.where(taken, attn * ((g01 - g00) + fy * ((g11 - g10) - (g01 - g00))), 0.0)
+                    grad_y = tl.where(taken, attn * (g_bottom - g_top), 0.0)
                     if REF_DIM == 2:
                         _store_pair(grad_loc_ptr + 2 * (k + p), grad_x, grad_y, mask_q, LANES)
                     grad_x *= W
@@ -198,9 +197,12 @@ def _msda_bwd_kernel(
                     if REF_DIM == 0:
                         _store_pair(grad_loc_ptr + 2 * (k + p), grad_x, grad_y, mask_q, LANES)
                     if REF_DIM == 4:
-                        _store_pair(grad_loc_ptr + 2 * (k + p), grad_x * step_x, grad_y * step_y, mask_q, LANES)
-                        sum_w += grad_x * u
-                        sum_h += grad_y * v
+                        # the offset or the side of a sample that is not taken may be infinite
+                        grad_u = tl.where(taken, grad_x * step_x, 0.0)
+                        grad_v = tl.where(taken, grad_y * step_y, 0.0)
+                        _store_pair(grad_loc_ptr + 2 * (k + p), grad_u, grad_v, mask_q, LANES)
+                        sum_w += tl.where(taken, grad_x * u, 0.0)
+                        sum_h += tl.where(taken, grad_y * v, 0.0)
                     sum_x += grad_x
                     sum_y += grad_y
         if grad_ref_ptr is not None:
@@ -229,7 +231,6 @@ def launch_backward(
     locations: Tensor,
     weights: Tensor,
     num_points: list[int],
-    method: str,
     reference_points: Tensor | None,
     value_mask: Tensor | None,
     query_sizes: list[int],
@@ -242,14 +243,14 @@ def launch_backward(
     if B > MAX_BATCH:
         sizes = spatial_shapes, level_start_index
         grads = [
-            launch_backward(g, v, *sizes, x, w, num_points, method, reference, mask, query_sizes, needs)
+            launch_backward(g, v, *sizes, x, w, num_points, reference, mask, query_sizes, needs)
             for g, v, x, w, reference, mask in batches(
                 grad_out, value, locations, weights, reference_points, value_mask
             )
         ]
         return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*grads, strict=True))
     arguments = kernel_arguments(
-        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask,
+        value, spatial_shapes, level_start_index, locations, weights, num_points, reference_points, value_mask,
         query_sizes,
     )  # fmt: skip
     double = arguments["ACC"].name == "fp64"
@@ -261,7 +262,12 @@ def launch_backward(
         deterministic = torch.are_deterministic_algorithms_enabled()
         if deterministic:
             arguments["VEC"] = 0  # integers are added one by one
-        scale = _fixed_point_scale(grad_out, weights, reference_points is not None, M, acc) if deterministic else None
+            if B * Q * M:
+                loc, attn = locations, weights
+                if reference_points is not None:
+                    loc, attn = locations_and_weights(value, spatial_shapes, loc, attn, reference_points, num_points)
+                near = near_level(value, spatial_shapes, level_start_index, loc, num_points)
+                scale = _fixed_point_scale(grad_out, near, attn, acc)
         grad_value = torch.zeros(B, S, M, D, dtype=torch.int64 if deterministic else acc, device=value.device)
     if needs_locations or needs_reference:
         grad_locations = torch.empty(locations.shape, dtype=locations.dtype, device=value.device)
@@ -292,13 +298,14 @@ def launch_backward(
     return grad_value, grad_locations if needs_locations else None, grad_weights, grad_reference
 
 
-def _fixed_point_scale(grad_out: Tensor, weights: Tensor, logits: bool, M: int, dtype: torch.dtype) -> Tensor:
-    """[B, M] powers of two, such that the terms of one pixel sum to 62 bits at most; NaN for a gradient not finite."""
-    B, Q, _, K = weights.shape
-    largest = grad_out.view(B, Q, M, -1).abs().amax((1, 3)).to(torch.float64)
-    if not logits:
-        largest = largest * weights.abs().amax((1, 3))
-    # every sample adds at most largest to a pixel, once
+def _fixed_point_scale(grad_out: Tensor, near: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, M] powers of two, such that the terms of one pixel sum to 62 bits at most; NaN for a gradient not finite.
+
+    Only the samples near their level decide: what others hold must not cost these their precision.
+    """
+    B, Q, M, K = weights.shape
+    largest = grad_out.view(B, Q, M, -1).abs().amax(3, keepdim=True).double() * weights.abs()
+    # every sample adds at most this to a pixel, once
+    largest = torch.where(near, largest, 0).amax((1, 3))
     exponent = 62 - torch.log2(largest * (Q * K)).ceil()
-    finite = largest.isfinite()
-    return torch.where(finite, torch.exp2(exponent.clamp(-1000, 100)), torch.nan).to(dtype)
+    return torch.where(largest.isfinite(), torch.exp2(exponent.clamp(-1000, 100)), torch.nan).to(dtype)

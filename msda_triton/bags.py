@@ -14,12 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A level is dense if it has at most this many tokens for each of its points.
-DENSE_TOKENS = 64
-
 
 class Geometry(NamedTuple):
-    """Where levels lie among the tokens, as numbers of the host."""
+    """Where levels lie among the tokens, as numbers of the host. Each has pixels, and fits into the tokens."""
 
     sizes: tuple[tuple[int, int], ...]  # (H, W)
     starts: tuple[int, ...]  # first token
@@ -57,8 +54,8 @@ class Samples(NamedTuple):
 
 def geometry_of(
     spatial_shapes: Tensor, level_start_index: Tensor | None, num_points: list[int], S: int
-) -> Geometry | None:
-    """None if a level is empty or does not fit into S tokens."""
+) -> tuple[Geometry, list[int] | None]:
+    """The levels that hold pixels, and their points among the K, None for all: a level that does not fit holds none."""
     starts = None if level_start_index is None else tuple(level_start_index.tolist())
     return _geometry(tuple(map(tuple, spatial_shapes.tolist())), starts, tuple(num_points), S)
 
@@ -66,23 +63,33 @@ def geometry_of(
 @functools.lru_cache(maxsize=256)
 def _geometry(
     sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...] | None, num_points: tuple[int, ...], S: int
-) -> Geometry | None:
+) -> tuple[Geometry, list[int] | None]:
     areas = [H * W for H, W in sizes]
     if starts is None:
         starts = tuple(sum(areas[:level]) for level in range(len(areas)))
-    if any(min(size) <= 0 for size in sizes) or any(n < 0 or n + m > S for n, m in zip(starts, areas, strict=True)):
-        return None
-    return Geometry(sizes, starts, num_points)
+    used = [
+        level
+        for level, (size, start, area) in enumerate(zip(sizes, starts, areas, strict=True))
+        if min(size) > 0 and start >= 0 and start + area <= S
+    ]
+    if len(used) == len(sizes):
+        return Geometry(sizes, starts, num_points), None
+    firsts = [sum(num_points[:level]) for level in used]
+    points = [k for level, first in zip(used, firsts, strict=True) for k in range(first, first + num_points[level])]
+    return Geometry(*(tuple(field[level] for level in used) for field in (sizes, starts, num_points))), points
 
 
 @functools.lru_cache(maxsize=256)
-def parts_of(geometry: Geometry, S: int) -> list[Part]:
-    """The levels that have points, in order; dense neighbours that follow each other in memory are one part."""
+def parts_of(geometry: Geometry, S: int, dense_tokens: int) -> list[Part]:
+    """The levels that have points, in order; dense neighbours that follow each other in memory are one part.
+
+    dense_tokens: a level is dense if it has at most so many tokens for each of its points.
+    """
     runs: list[list[int]] = []
     dense_before, end = None, None
     for level, ((H, W), start, count) in enumerate(zip(*geometry, strict=True)):
         if count:
-            dense = DENSE_TOKENS * count >= H * W
+            dense = dense_tokens * count >= H * W
             if dense == dense_before and (start == end or not dense):
                 runs[-1].append(level)
             else:
@@ -92,7 +99,7 @@ def parts_of(geometry: Geometry, S: int) -> list[Part]:
     parts = []
     for run in runs:
         sizes, starts, counts = (tuple(field[level] for level in run) for field in geometry)
-        dense = DENSE_TOKENS * counts[0] >= sizes[0][0] * sizes[0][1]
+        dense = dense_tokens * counts[0] >= sizes[0][0] * sizes[0][1]
         tokens = slice(starts[0], starts[-1] + sizes[-1][0] * sizes[-1][1]) if dense else slice(0, S)
         first_point = sum(geometry.num_points[: run[0]])
         inside = Geometry(sizes, tuple(start - tokens.start for start in starts), counts)
@@ -120,17 +127,17 @@ def levels_of(
     rows += max(start + H * W for (H, W), start in zip(geometry.sizes, geometry.starts, strict=True)) * token_step
     index = torch.int32 if rows < 2**31 else torch.int64
     bounds = [[widths, heights], [[0] * len(widths)] * 2, [[W - 1 for W in widths], [H - 1 for H in heights]]]
-    size, first, last = torch.tensor(bounds, dtype=dtype).view(3, 2, 1, 1, 1, -1)
+    size, first, last = torch.tensor(bounds, dtype=dtype, device="cpu").view(3, 2, 1, 1, 1, -1)
     scale = [[token_step] * len(widths), [W * token_step for W in widths]]
-    b, q, m = (torch.arange(n, dtype=index) * step for n, step in zip(bags, steps, strict=True))
+    b, q, m = (torch.arange(n, dtype=index, device="cpu") * step for n, step in zip(bags, steps, strict=True))
     return Levels(
         size=size,
         first=first,
         last=last,
-        scale=torch.tensor(scale, dtype=index).view(2, 1, 1, 1, -1),
-        base=torch.tensor([[0] * len(base), base], dtype=index).view(2, 1, 1, 1, -1),
+        scale=torch.tensor(scale, dtype=index, device="cpu").view(2, 1, 1, 1, -1),
+        base=torch.tensor([[0] * len(base), base], dtype=index, device="cpu").view(2, 1, 1, 1, -1),
         bag=(b[:, None, None] + q[:, None] + m)[..., None],
-        steps=torch.tensor([0, 1], dtype=dtype).view(2, 1, 1, 1, 1, 1),
+        steps=torch.tensor([0, 1], dtype=dtype, device="cpu").view(2, 1, 1, 1, 1, 1),
     )
 
 
@@ -161,10 +168,19 @@ def corner_bags(locations: Tensor, attn: Tensor, levels: Levels, with_slope: boo
     return rows.view(-1, attn.shape[-1]), weights.view(-1, attn.shape[-1]), samples
 
 
+def counted_corners(locations: Tensor, levels: Levels) -> Tensor:
+    """Which corners count, [2 (y), 2 (x), B, Q, M, K]: pixels of the level, of samples that are taken."""
+    position = locations.movedim(-1, 0) * levels.size - 0.5
+    taken = ((position > -1) & (position < levels.size)).all(0)
+    neighbour = position.floor() + levels.steps
+    x, y = ((neighbour >= levels.first) & (neighbour <= levels.last)).unbind(1)
+    return y.unsqueeze(1) & x & taken
+
+
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _offsets(bags: int, per_bag: int, dtype: torch.dtype) -> Tensor:
-    return torch.arange(0, bags * per_bag, per_bag, dtype=dtype)
+    return torch.arange(0, bags * per_bag, per_bag, dtype=dtype, device="cpu")
 
 
 def sum_bags(rows: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -193,21 +209,19 @@ def dense_gradients(
 
 
 def sorted_gradients(
-    rows: Tensor, weights: Tensor, grad: Tensor, value: Tensor, needs: tuple[bool, bool, bool]
+    rows: Tensor, weights: Tensor, grad: Tensor, table: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of value [B, S, M, D], and the products of grad [B, Q, M, D] with the rows of all bags in their order.
+    """Gradient of the table [rows, D], and the products of grad [B, Q, M, D] with the rows of all bags in their order.
 
-    Rows and weights as from `corner_bags`, for the table value.view(B * S * M, D).
+    Rows and weights as from `corner_bags`.
     """
-    B, S, M, D = value.shape
-    table = value.reshape(B * S * M, D)
-    grad = grad.expand(4, -1, -1, -1, -1).reshape(-1, D)
-    grad_value = products = None
+    grad = grad.expand(4, -1, -1, -1, -1).reshape(-1, table.shape[1])
+    grad_table = products = None
     if needs[0]:
-        grad_value = _sum_transposed_bags(rows, weights, grad, len(table)).view(B, S, M, D)
+        grad_table = _sum_transposed_bags(rows, weights, grad, len(table))
     if needs[1] or needs[2]:
         products = _products(rows, grad, table)
-    return grad_value, products
+    return grad_table, products
 
 
 def _sum_transposed_bags(rows: Tensor, weights: Tensor, grad_bags: Tensor, table_rows: int) -> Tensor:
@@ -224,14 +238,14 @@ def _accept_beta() -> None:
     # torch says once per process that CSR tensors are beta; users of this operator cannot do anything about that
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        torch.empty(0, 0, layout=torch.sparse_csr)
+        torch.empty(0, 0, layout=torch.sparse_csr, device="cpu")
 
 
 def _products(rows: Tensor, grad_bags: Tensor, table: Tensor) -> Tensor:
     """The sum over channels of grad_bags[i] * table[rows[i, j]] for every entry of rows in order."""
     _accept_beta()
     bags, per_bag = rows.shape
-    ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype)
+    ends = torch.arange(0, bags * per_bag + 1, per_bag, dtype=rows.dtype, device=rows.device)
     products = table.new_zeros(bags * per_bag)  # beta = 0 still multiplies what is there, and 0 * NaN is NaN
     wanted = torch.sparse_csr_tensor(ends, rows.flatten(), products, (bags, len(table)), check_invariants=False)
     torch.sparse.sampled_addmm(wanted, grad_bags, table.T, beta=0, out=wanted)  # writes into products

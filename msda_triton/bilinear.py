@@ -12,15 +12,16 @@ import triton.language as tl
 
 @triton.jit
 def load_level(shapes_ptr, starts_ptr, l, next_start, S):
-    """(H, W, first token, first token of level l + 1); a level that does not fit into S tokens has no pixels."""
+    """(H, W, first token, first token of level l + 1); -1 for H and W of a level without pixels, or one that is not
+    within the S tokens: no sample x has -1 < x < -1."""
     H = tl.maximum(tl.load(shapes_ptr + 2 * l).to(tl.int32), 0)
     W = tl.maximum(tl.load(shapes_ptr + 2 * l + 1).to(tl.int32), 0)
     start = next_start
     if starts_ptr is not None:
         start = tl.load(starts_ptr + l).to(tl.int32)
     end = H.to(tl.int64) * W + start
-    fits = (start >= 0) & (end <= S)
-    return tl.where(fits, H, 0), tl.where(fits, W, 0), start, tl.minimum(end, S + 1).to(tl.int32)
+    fits = ((start >= 0) & (end <= S)) & (end > start)
+    return tl.where(fits, H, -1), tl.where(fits, W, -1), start, tl.minimum(end, S + 1).to(tl.int32)
 
 
 @triton.jit
@@ -104,16 +105,15 @@ def load_reference(ref_ptr, l, num_points, ACC: tl.constexpr, REF_DIM: tl.conste
 
 
 @triton.jit
-def to_pixel(u, ref, step, size, REF_DIM: tl.constexpr, METHOD: tl.constexpr):
+def to_pixel(u, ref, step, size, REF_DIM: tl.constexpr):
     """Pixel coordinate of a location u, or of an offset u from a reference."""
-    # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False; "discrete" rounds as RT-DETRv2 does
-    shift: tl.constexpr = -0.5 if METHOD == "default" else 0.5
+    # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False
     if REF_DIM == 0:
-        return u * size + shift
+        return u * size - 0.5
     elif REF_DIM == 2:
-        return ref * size + (u + shift)
+        return ref * size + (u - 0.5)
     else:
-        return (ref + u * step) * size + shift
+        return (ref + u * step) * size - 0.5
 
 
 @triton.jit
@@ -134,33 +134,21 @@ def softmax_rows(logit_ptr, ACC: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.cons
 
 
 @triton.jit
-def corners(x, y, attn, H, W, METHOD: tl.constexpr):
-    """Fraction (fx, fy), weight (0 if not taken), first token and four inside masks of samples at pixel (x, y)."""
-    if METHOD == "default":
-        # nested selects, not one conjunction: LLVM turns four comparisons at once into eight instructions on bit masks
-        x = tl.maximum(tl.where(x < W, x, -2.0), -2.0)
-        y = tl.maximum(tl.where(y < H, y, -2.0), -2.0)
-        taken = tl.minimum(x, y) > -1
-        x0 = tl.floor(x)
-        y0 = tl.floor(y)
-        top = taken & (y0 >= 0)
-        bottom = taken & (y0 < H - 1)
-        left = x0 >= 0
-        right = x0 < W - 1
-    else:
-        taken = (tl.abs(x) < float("inf")) & (tl.abs(y) < float("inf"))
-        x_last = (H if METHOD == "discrete_h" else W) - 1
-        x0 = tl.where(taken, tl.minimum(tl.maximum(tl.floor(x), 0.0), x_last), -1.0)
-        y0 = tl.where(taken, tl.minimum(tl.maximum(tl.floor(y), 0.0), H - 1), -1.0)
-        x = x0
-        y = y0
-        top = taken & (y0 >= 0)
-        bottom = top & (y0 < 0)
-        left = (x0 >= 0) & (x0 < W)
-        right = left & (x0 < 0)
+def corners(x, y, attn, H, W):
+    """Fraction (fx, fy), whether taken, weight (0 if not), first token and four inside masks of samples at (x, y)."""
+    # nested selects, not one conjunction: LLVM turns four comparisons at once into eight instructions on bit masks
+    x = tl.maximum(tl.where(x < W, x, -2.0), -2.0)
+    y = tl.maximum(tl.where(y < H, y, -2.0), -2.0)
+    taken = tl.minimum(x, y) > -1
+    x0 = tl.floor(x)
+    y0 = tl.floor(y)
+    top = taken & (y0 >= 0)
+    bottom = taken & (y0 < H - 1)
+    left = x0 >= 0
+    right = x0 < W - 1
     token = y0.to(tl.int32) * W.to(tl.int32) + x0.to(tl.int32)
     attn = tl.where(taken, attn, 0.0)
-    return x - x0, y - y0, attn, token, top & left, top & right, bottom & left, bottom & right
+    return x - x0, y - y0, taken, attn, token, top & left, top & right, bottom & left, bottom & right
 
 
 @triton.jit

@@ -1,24 +1,27 @@
 """The operator in eager PyTorch for CPUs, forward and backward: `reference.py`'s formula without its big temporaries.
 
 How it computes is in `bags.py`. There a pixel outside its level counts with weight zero, which is exact as long as
-everything is finite: calls with NaN or infinity in them, with levels that do not fit, of other methods and on other
-devices go to `reference.py`. Legend: see there.
+everything is finite. What is not is computed again with care: such a pixel is then a row of zeros behind the table, and
+no level is dense. Legend: see `reference.py`.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from msda_triton import bags
-from msda_triton.reference import compute_dtype, ms_deform_attn_reference
+from msda_triton.reference import compute_dtype
 
 # Samples (b, q, m, k) at a time: bounds the memory, and lets temporaries stay in a CPU's cache.
 _CHUNK_FORWARD = 1 << 16
 _CHUNK_BACKWARD = 1 << 19
 _CHUNK_DENSE = 1 << 20  # numbers of a dense matrix
+# A level is dense in the backward if it has at most this many tokens for each of its points.
+_DENSE_TOKENS = 64
 
 
 class Stages(NamedTuple):
@@ -28,6 +31,22 @@ class Stages(NamedTuple):
     sample_gradients: Callable
 
 
+_EAGER = Stages(bags.corner_bags, bags.sample_gradients)
+
+
+def _without_autocast(run: Callable) -> Callable:
+    """The dtypes are ours: autocast would compute matrix products in half precision."""
+
+    @functools.wraps(run)
+    def wrapped(*arguments):
+        if not torch.is_autocast_enabled("cpu"):
+            return run(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return run(*arguments)
+
+    return wrapped
+
+
 def fallback_forward(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -35,13 +54,11 @@ def fallback_forward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: list[int],
-    method: str,
 ) -> Tensor:
     """[B, Q, M * D] in value's dtype; arguments as of `ms_deform_attn_reference`. Autograd does not see through it."""
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
-    if torch.compiler.is_compiling():
-        return _traced_forward(*inputs)
-    return run_forward(_EAGER, *inputs)
+    return run_forward(
+        _EAGER, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
+    )
 
 
 def fallback_backward(
@@ -52,120 +69,195 @@ def fallback_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: list[int],
-    method: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of value, locations and weights, each in its input's dtype, None where `needs` says False.
 
     grad_out: [B, Q, M * D]. The other arguments are those of `fallback_forward`.
     """
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
-    if torch.compiler.is_compiling():
-        grads = _traced_backward(grad_out, *inputs, list(needs))
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return run_backward(_EAGER, grad_out, *inputs, needs)
+    return run_backward(
+        _EAGER, grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points,
+        needs,
+    )  # fmt: skip
 
 
+@_without_autocast
 def run_forward(
-    stages: Stages, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method
+    stages: Stages, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
 ) -> Tensor:
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
-    B, S, M, D = value.shape
-    dtype = compute_dtype(value, sampling_locations, attention_weights)
-    geometry = None
-    if _is_usual(value, sampling_locations, attention_weights, method):
-        geometry = bags.geometry_of(spatial_shapes, level_start_index, num_points, S)
-    if geometry is None:
-        return ms_deform_attn_reference(*inputs)
-    table, (batch, token, head) = _as_table(_cast(value, dtype))
-    levels = bags.levels_of(geometry, (B, 1, M), (batch, 0, head), token, dtype)
-    queries = _CHUNK_FORWARD // (B * M * sum(num_points))
-    outs = []
-    for locations, attn in _query_chunks(queries, sampling_locations, attention_weights):
-        rows, weights, _ = stages.bags(_cast(locations, dtype), _cast(attn, dtype), levels, False)
-        outs.append(bags.sum_bags(rows, weights, table).view(4, B, -1, M * D).sum(0))
-    out = _cat(outs, 1)
-    return _cast(out, value.dtype) if _is_finite(out) else ms_deform_attn_reference(*inputs)
+    """`fallback_forward`, with the element-wise parts given."""
+    geometry, points = bags.geometry_of(spatial_shapes, level_start_index, num_points, value.shape[1])
+    locations, weights = sampling_locations, attention_weights
+    if not _is_finite(locations):
+        locations = _bounded(locations)
+    if points is not None:
+        locations, weights = locations[:, :, :, points], weights[..., points]
+    if not value.numel() or not weights.numel():
+        return value.new_zeros(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+    out = _forward(stages, value, geometry, locations, weights)
+    if not _is_finite(out):
+        out = _forward(None, value, geometry, _bounded(locations), weights)
+    return _cast(out, value.dtype)
 
 
+@_without_autocast
 def run_backward(
     stages: Stages, grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-    num_points, method, needs,
+    num_points, needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
+    """`fallback_backward`, with the element-wise parts given."""
+    inputs = (value, sampling_locations, attention_weights)
+    geometry, points = bags.geometry_of(spatial_shapes, level_start_index, num_points, value.shape[1])
+    locations, weights = sampling_locations, attention_weights
+    if not _is_finite(locations):
+        locations = _bounded(locations)
+    if points is not None:
+        locations, weights = locations[:, :, :, points], weights[..., points]
+    if not value.numel() or not weights.numel():
+        return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
+    grads = None
+    if _is_finite(grad_out):
+        grads = _backward(stages, grad_out, value, geometry, locations, weights, needs)
+    if grads is None:
+        grads = _backward(None, grad_out, value, geometry, _bounded(locations), weights, needs)
+    if points is not None:
+        grads = grads[0], *(_spread(grad, points, sum(num_points)) for grad in grads[1:])
+    return tuple(
+        _cast(grad, x.dtype).contiguous() if need else None for grad, x, need in zip(grads, inputs, needs, strict=True)
+    )
+
+
+def _forward(
+    stages: Stages | None, value: Tensor, geometry: bags.Geometry, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """[B, Q, M * D] in the dtype of computation; without stages, also where something is not finite."""
+    B, _, M, D = value.shape
+    dtype = compute_dtype(value, locations, weights)
+    table, (batch, token, head) = _as_table(_cast(value, dtype))
+    levels = bags.levels_of(geometry, (B, 1, M), (batch, 0, head), token, dtype)
+    zero_row = len(table)
+    if stages is None:
+        table = _with_zero_rows(table, 1)
+    outs = []
+    for loc, attn in _query_chunks(_CHUNK_FORWARD // (B * M * weights.shape[3]), locations, weights):
+        loc, attn = _cast(loc, dtype), _cast(attn, dtype)
+        if stages is None:
+            rows, bag_weights, *_ = _careful_bags(loc, attn, levels, zero_row, False)
+        else:
+            rows, bag_weights, _ = stages.bags(loc, attn, levels, False)
+        outs.append(bags.sum_bags(rows, bag_weights, table).view(4, B, -1, M * D).sum(0))
+    return _cat(outs, 1)
+
+
+def _backward(
+    stages: Stages | None, grad_out: Tensor, value: Tensor, geometry: bags.Geometry, locations: Tensor, weights: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+    """Gradients in the dtype of computation; with stages, None if something is not finite."""
     B, S, M, D = value.shape
-    dtype = compute_dtype(value, sampling_locations, attention_weights)
-    geometry = None
-    if _is_usual(value, sampling_locations, attention_weights, method) and _is_finite(grad_out):
-        geometry = bags.geometry_of(spatial_shapes, level_start_index, num_points, S)
-    if geometry is None:
-        return _reference_backward(grad_out, inputs, needs)
+    dtype = compute_dtype(value, locations, weights)
     grad_value, grads_locations, grads_weights = None, [], []
-    per_query = (sampling_locations, attention_weights, grad_out.unflatten(2, (M, D)))
-    for part in bags.parts_of(geometry, S):
+    per_query = (locations, weights, grad_out.unflatten(2, (M, D)))
+    for part in bags.parts_of(geometry, S, 0 if stages is None else _DENSE_TOKENS):
         value_part = _cast(value[:, part.tokens], dtype)
         T, points = value_part.shape[1], part.points
         queries = _CHUNK_BACKWARD // (B * M * sum(part.geometry.num_points))
         if part.dense:
             queries = min(queries, _CHUNK_DENSE // (B * M * T))
         part_locations, part_weights = [], []
-        for locations, attn, grad in _query_chunks(queries, *per_query):
-            locations, attn = _cast(locations[:, :, :, points], dtype), _cast(attn[..., points], dtype)
-            grad = _cast(grad, dtype)
-            if part.dense:
-                Q = attn.shape[1]
-                levels = bags.levels_of(part.geometry, (B, Q, M), (M * Q * T, T, Q * T), 1, dtype)
-            else:
-                levels = bags.levels_of(part.geometry, (B, 1, M), (S * M, 0, 1), M, dtype)
-            rows, weights, samples = stages.bags(locations, attn, levels, needs[1])
-            if not _is_finite(weights):
-                return _reference_backward(grad_out, inputs, needs)
-            gradients = bags.dense_gradients if part.dense else bags.sorted_gradients
-            grad_tokens, products = gradients(rows, weights, grad, value_part, needs)
+        for loc, attn, grad in _query_chunks(queries, *per_query):
+            loc, attn = _cast(loc[:, :, :, points], dtype), _cast(attn[..., points], dtype)
+            gradients = _careful_gradients if stages is None else functools.partial(_fast_gradients, stages)
+            found = gradients(part, loc, attn, _cast(grad, dtype), value_part, needs)
+            if found is None:
+                return None
+            grad_tokens, grad_locations, grad_weights = found
             if grad_tokens is not None:
                 if grad_value is None and T == S:
                     grad_value = grad_tokens
                 else:
                     grad_value = value.new_zeros(value.shape, dtype=dtype) if grad_value is None else grad_value
                     grad_value[:, part.tokens] += grad_tokens
-            if products is not None:
-                if not _is_finite(products):
-                    return _reference_backward(grad_out, inputs, needs)
-                grads = stages.sample_gradients(samples, attn, products.view(2, 2, *attn.shape))
-                part_locations.append(grads[0])
-                part_weights.append(grads[1])
-        if part_weights:
-            grads_locations.append(_cat(part_locations, 1) if needs[1] else None)
-            grads_weights.append(_cat(part_weights, 1))
+            part_locations.append(grad_locations)
+            part_weights.append(grad_weights)
+        grads_locations.append(_cat(part_locations, 1) if needs[1] else None)
+        grads_weights.append(_cat(part_weights, 1) if needs[2] else None)
     return (
-        grad_value.to(value.dtype).contiguous() if needs[0] else None,
-        _cat(grads_locations, 3).to(sampling_locations.dtype) if needs[1] else None,
-        _cat(grads_weights, 3).to(attention_weights.dtype) if needs[2] else None,
+        grad_value,
+        _cat(grads_locations, 3) if needs[1] else None,
+        _cat(grads_weights, 3) if needs[2] else None,
     )
 
 
-def _reference_backward(grad_out: Tensor, inputs: tuple, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    value, spatial_shapes, level_start_index, locations, weights, num_points, method = inputs
-    tensors = [t.detach().requires_grad_(need) for t, need in zip((value, locations, weights), needs, strict=True)]
-    with torch.enable_grad():
-        out = ms_deform_attn_reference(
-            tensors[0], spatial_shapes, level_start_index, tensors[1], tensors[2], num_points, method
-        )
-    wanted = [t for t in tensors if t.requires_grad]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
-    return tuple(next(grads) if need else None for need in needs)
+def _fast_gradients(stages: Stages, part: bags.Part, locations, attn, grad, value, needs):
+    """Gradients of the part's tokens, and of the locations and weights of some queries; None if not all is finite."""
+    B, T, M, D = value.shape
+    Q = attn.shape[1]
+    if part.dense:
+        levels = bags.levels_of(part.geometry, (B, Q, M), (M * Q * T, T, Q * T), 1, attn.dtype)
+    else:
+        levels = bags.levels_of(part.geometry, (B, 1, M), (T * M, 0, 1), M, attn.dtype)
+    rows, weights, samples = stages.bags(locations, attn, levels, needs[1])
+    if not _is_finite(weights):
+        return None
+    if part.dense:
+        grad_tokens, products = bags.dense_gradients(rows, weights, grad, value, needs)
+    else:
+        grad_table, products = bags.sorted_gradients(rows, weights, grad, value.reshape(-1, D), needs)
+        grad_tokens = None if grad_table is None else grad_table.view(B, T, M, D)
+    if products is None:
+        return grad_tokens, None, None
+    if not _is_finite(products):
+        return None
+    return grad_tokens, *stages.sample_gradients(samples, attn, products.view(2, 2, *attn.shape))
 
 
-def _is_usual(value: Tensor, locations: Tensor, weights: Tensor, method: str) -> bool:
-    # numbers are read back, which is free on CPUs only
-    if method != "default" or value.device.type != "cpu" or value.numel() == 0 or weights.numel() == 0:
-        return False
-    return _is_finite(locations)
+def _careful_gradients(part: bags.Part, locations, attn, grad, value, needs):
+    """As `_fast_gradients`, whatever is finite. The part is not dense."""
+    B, S, M, D = value.shape
+    levels = bags.levels_of(part.geometry, (B, 1, M), (S * M, 0, 1), M, attn.dtype)
+    rows, weights, samples, counted, attn = _careful_bags(locations, attn, levels, B * S * M, needs[1])
+    # a sampled product has at most as many columns as the table has rows
+    table = _with_zero_rows(value.reshape(-1, D), max(1, attn.shape[3] - B * S * M))
+    grad_table, products = bags.sorted_gradients(rows, weights, grad, table, needs)
+    grad_tokens = None if grad_table is None else grad_table[: B * S * M].view(B, S, M, D)
+    if products is None:
+        return grad_tokens, None, None
+    products = torch.where(counted, products.view_as(counted), 0)  # a row of zeros times infinity is NaN
+    return grad_tokens, *bags.sample_gradients(samples, attn, products)
+
+
+def _careful_bags(locations: Tensor, attn: Tensor, levels: bags.Levels, zero_row: int, with_slope: bool):
+    """`bags.corner_bags`, [2, 2, B, Q, M, K] that count, and the weights that do: what does not is a row of zeros."""
+    rows, weights, samples = bags.corner_bags(locations, attn, levels, with_slope)
+    counted = bags.counted_corners(locations, levels)
+    rows = torch.where(counted.reshape(rows.shape), rows, zero_row)
+    weights = torch.where(counted.reshape(weights.shape), weights, 0)
+    return rows, weights, samples, counted, torch.where(counted.any(0).any(0), attn, 0)
+
+
+def _with_zero_rows(table: Tensor, count: int) -> Tensor:
+    return torch.cat([table, table.new_zeros(count, table.shape[1])])
+
+
+def _bounded(locations: Tensor) -> Tensor:
+    """Locations that are far off every level, or not finite, moved to where no level is either."""
+    return locations.nan_to_num(nan=2.0, posinf=2.0, neginf=-1.0).clamp(-1, 2)
+
+
+def _spread(grad: Tensor | None, points: list[int], K: int) -> Tensor | None:
+    """Gradients of some of the K points [B, Q, M, K, ...] among zeros for the others."""
+    if grad is None:
+        return None
+    spread = grad.new_zeros(*grad.shape[:3], K, *grad.shape[4:])
+    spread[:, :, :, points] = grad
+    return spread
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # finite numbers may have an infinite sum: then the reference computes what it need not have
-    return math.isfinite(tensor.sum().item())
+    # finite numbers may have an infinite sum: then more care is taken than needed
+    total = tensor.sum() if tensor.dtype.itemsize >= 4 else tensor.sum(dtype=torch.float32)
+    return math.isfinite(total.item())
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,57 +286,3 @@ def _as_table(value: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     steps = tuple(stride // D for stride in value.stride()[:3])
     rows = 1 + sum((n - 1) * step for n, step in zip(value.shape[:3], steps, strict=True))
     return value.as_strided((rows, D), (D, 1)), steps
-
-
-_EAGER = Stages(bags.corner_bags, bags.sample_gradients)
-
-
-# Under torch.compile and torch.export the fallback is one node: what it does depends on numbers that graphs do not see.
-
-
-@torch.library.custom_op("msda_triton::fallback_forward", mutates_args=())
-def _traced_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int],
-    method: str,
-) -> Tensor:
-    return run_forward(
-        _EAGER, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method
-    )
-
-
-@_traced_forward.register_fake
-def _(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method):
-    return value.new_empty(value.shape[0], attention_weights.shape[1], value.shape[2] * value.shape[3])
-
-
-@torch.library.custom_op("msda_triton::fallback_backward", mutates_args=())
-def _traced_backward(
-    grad_out: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int],
-    method: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method)
-    grads = run_backward(_EAGER, grad_out, *inputs, needs)
-    return tuple(value.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
-
-
-@_traced_backward.register_fake
-def _(
-    grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points, method, needs
-):
-    inputs = (value, sampling_locations, attention_weights)
-    return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else value.new_empty(0)
-        for t, need in zip(inputs, needs, strict=True)
-    )

@@ -61,7 +61,7 @@ def _msda_fwd_kernel(
     value_ptr, shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr, out_ptr,
     S, Q, stride_vb, stride_vm, q_bucket,
     STRIDE_VS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
-    REF_DIM: tl.constexpr, REF_L: tl.constexpr, METHOD: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
+    REF_DIM: tl.constexpr, REF_L: tl.constexpr, ACC: tl.constexpr, PACK: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PIXELS: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, LANE_D: tl.constexpr, UNROLL: tl.constexpr, SPLIT: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
@@ -119,10 +119,10 @@ def _msda_fwd_kernel(
             weights = _load_pair(attn_ptr + k + p, GROUP == 2)
             for i in tl.static_range(GROUP):
                 u, v = _load_location(loc_ptr + 2 * (k + p + i), ACC, PAIRS)
-                x = to_pixel(u, ref_x, step_x, W, REF_DIM, METHOD)
-                y = to_pixel(v, ref_y, step_y, H, REF_DIM, METHOD)
+                x = to_pixel(u, ref_x, step_x, W, REF_DIM)
+                y = to_pixel(v, ref_y, step_y, H, REF_DIM)
                 attn = as_weight(_number(weights, i, attn_ptr, ACC, GROUP == 2), row_max, row_scale, REF_DIM > 0)
-                fx, fy, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W, METHOD)
+                fx, fy, _, attn, token, in00, in01, in10, in11 = corners(x, y, attn, H, W)
                 in00 = unmasked(in00, mask_level_ptr, token)
                 # attn * (1 - fy) and attn * fy, then each times (1 - fx) and fx
                 w1 = attn * fy
@@ -133,16 +133,15 @@ def _msda_fwd_kernel(
                 bottom_ptr = top_ptr + below
                 v00 = load_pixel(top_ptr, in00[:, None] & mask_d, ACC, D, PACK, CHUNKS)
                 out += (w0 - w01)[:, None] * v00
-                if METHOD == "default":
-                    in01 = unmasked(in01, mask_level_ptr, token + 1)
-                    in10 = unmasked(in10, mask_level_ptr, token + W.to(tl.int32))
-                    in11 = unmasked(in11, mask_level_ptr, token + W.to(tl.int32) + 1)
-                    v01 = load_pixel(top_ptr + STRIDE_VS, in01[:, None] & mask_d, ACC, D, PACK, CHUNKS)
-                    v10 = load_pixel(bottom_ptr, in10[:, None] & mask_d, ACC, D, PACK, CHUNKS)
-                    v11 = load_pixel(bottom_ptr + STRIDE_VS, in11[:, None] & mask_d, ACC, D, PACK, CHUNKS)
-                    out += w01[:, None] * v01
-                    out += (w1 - w11)[:, None] * v10
-                    out += w11[:, None] * v11
+                in01 = unmasked(in01, mask_level_ptr, token + 1)
+                in10 = unmasked(in10, mask_level_ptr, token + W.to(tl.int32))
+                in11 = unmasked(in11, mask_level_ptr, token + W.to(tl.int32) + 1)
+                v01 = load_pixel(top_ptr + STRIDE_VS, in01[:, None] & mask_d, ACC, D, PACK, CHUNKS)
+                v10 = load_pixel(bottom_ptr, in10[:, None] & mask_d, ACC, D, PACK, CHUNKS)
+                v11 = load_pixel(bottom_ptr + STRIDE_VS, in11[:, None] & mask_d, ACC, D, PACK, CHUNKS)
+                out += w01[:, None] * v01
+                out += (w1 - w11)[:, None] * v10
+                out += w11[:, None] * v11
         k += num_points
 
     if SHARE > 1:
@@ -161,7 +160,6 @@ def launch_forward(
     locations: Tensor,
     weights: Tensor,
     num_points: list[int],
-    method: str,
     reference_points: Tensor | None,
     value_mask: Tensor | None,
     query_sizes: list[int],
@@ -173,12 +171,12 @@ def launch_forward(
         sizes = spatial_shapes, level_start_index
         return torch.cat(
             [
-                launch_forward(v, *sizes, x, w, num_points, method, reference, mask, query_sizes)
+                launch_forward(v, *sizes, x, w, num_points, reference, mask, query_sizes)
                 for v, x, w, reference, mask in batches(value, locations, weights, reference_points, value_mask)
             ]
         )
     arguments = kernel_arguments(
-        value, spatial_shapes, level_start_index, locations, weights, num_points, method, reference_points, value_mask,
+        value, spatial_shapes, level_start_index, locations, weights, num_points, reference_points, value_mask,
         query_sizes,
     )  # fmt: skip
     out = torch.empty(B, Q, M * D, dtype=value.dtype, device=value.device)

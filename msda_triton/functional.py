@@ -1,17 +1,18 @@
-"""`ms_deform_attn` and `ms_deform_attn_fused`: validation and the choice of a backend."""
+"""`ms_deform_attn` and `ms_deform_attn_fused`: the public functions, and the choice of a backend."""
 
 import functools
 import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
-from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from msda_triton.op import AttentionBackward, attention, locations_and_weights, reference_attention
+from msda_triton import checks
+from msda_triton.constants import traced
+from msda_triton.op import AttentionBackward, attention
+from msda_triton.reference import discrete_attention, locations_and_weights, ms_deform_attn_reference
 
 BACKENDS = ("auto", "triton", "torch", "inductor")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -46,7 +47,8 @@ def ms_deform_attn(
         method: "default" is bilinear, as grid_sample with zeros padding and align_corners=False. "discrete" reads the
             pixel at floor(location * size + 0.5), clamped to the map, without gradient to the location (RT-DETRv2);
             "discrete_h" clamps x with H - 1 too, as the original RT-DETRv2 and D-FINE code does (the same on square
-            maps; on wider ones its right part is never read).
+            maps; on wider ones its right part is never read). Both run the plain PyTorch formula
+            (`reference.discrete_attention`) whatever the backend: no kernel, and memory for every sampled pixel.
         backend: "auto" takes Triton for tensors on a GPU and the PyTorch fallback elsewhere; "triton" never falls
             back; "torch" is the fallback, "inductor" the fallback compiled for CPUs (needs a C++ compiler).
     Returns:
@@ -54,10 +56,10 @@ def ms_deform_attn(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    locations, weights, num_points = _samples(
+    locations, weights, num_points = checks.samples(
         value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points
     )
-    levels = _levels(value, spatial_shapes, level_start_index, len(num_points))
+    levels = checks.levels(value, spatial_shapes, level_start_index, len(num_points))
     return _attend(value, levels, locations, weights, None, None, num_points, method, backend)
 
 
@@ -90,24 +92,19 @@ def ms_deform_attn_fused(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    offsets, logits, num_points = _samples(
+    offsets, logits, num_points = checks.samples(
         value, "sampling_offsets", sampling_offsets, "attention_logits", attention_logits, num_points
     )
     L = len(num_points)
-    shape, dtype, device = _facts("reference_points", reference_points)
-    if not dtype.is_floating_point:
-        raise TypeError(f"reference_points: expected a floating-point dtype, got {dtype}")
-    _check_same_device("reference_points", device, value.device)
+    shape, dtype, device = checks.facts("reference_points", reference_points)
+    checks.check_float("reference_points", dtype)
+    checks.check_device("reference_points", device, value.device)
     B, Q = offsets.shape[:2]
     if len(shape) != 4 or shape[:2] != (B, Q) or shape[2] not in (1, L) or shape[3] not in (2, 4):
-        _raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", shape)
+        checks.raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", shape)
     if value_mask is not None:
-        if value_mask.dtype != torch.bool:
-            raise TypeError(f"value_mask: expected a bool tensor (True on padding), got {value_mask.dtype}")
-        if value_mask.shape != value.shape[:2]:
-            _raise_shape("value_mask", value.shape[:2], value_mask.shape)
-        _check_same_device("value_mask", value_mask.device, value.device)
-    levels = _levels(value, spatial_shapes, level_start_index, L)
+        checks.check_mask("value_mask", value_mask, value.shape[:2], value.device)
+    levels = checks.levels(value, spatial_shapes, level_start_index, L)
     return _attend(value, levels, offsets, logits, reference_points, value_mask, num_points, method, backend)
 
 
@@ -130,18 +127,20 @@ def ms_deform_attn_backward(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    locations, weights, num_points = _samples(
+    locations, weights, num_points = checks.samples(
         value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, None
     )
     B, Q, M = weights.shape[:3]
-    if grad_out.shape != (B, Q, M * value.shape[3]):
-        _raise_shape("grad_out", (B, Q, M * value.shape[3]), grad_out.shape)
-    _check_same_device("grad_out", grad_out.device, value.device)
-    levels = _levels(value, spatial_shapes, level_start_index, len(num_points))
+    shape, dtype, device = checks.facts("grad_out", grad_out)
+    if shape != (B, Q, M * value.shape[3]):
+        checks.raise_shape("grad_out", (B, Q, M * value.shape[3]), shape)
+    checks.check_float("grad_out", dtype)
+    checks.check_device("grad_out", device, value.device)
+    levels = checks.levels(value, spatial_shapes, level_start_index, len(num_points))
     sizes, needs = levels.of_queries(Q), [True, True, True, False]
     grad_value, grad_locations, grad_weights, _ = AttentionBackward.apply(
-        grad_out, value, levels.shapes, levels.starts, locations, weights, None, None, num_points, "default", sizes,
-        _backend(value, backend), needs,
+        grad_out, value, levels.shapes, levels.starts, locations, weights, num_points, None, None, sizes, needs,
+        _backend(value, backend),
     )  # fmt: skip
     return grad_value, grad_locations.view(sampling_locations.shape), grad_weights.view(attention_weights.shape)
 
@@ -168,173 +167,24 @@ class MSDeformAttnFunction:
         )
 
 
-def _attend(value, levels, locations, weights, reference, mask, num_points, method, backend) -> Tensor:
+def _attend(value, levels, locations, weights, points, mask, num_points, method, backend) -> Tensor:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     backend = _backend(value, backend)
     shapes, starts, _ = levels
-    if backend == "triton":
+    if backend == "triton" and method == "default":
         sizes = levels.of_queries(weights.shape[1])
-        return attention(value, shapes, starts, locations, weights, reference, mask, num_points, method, sizes, backend)
-    if torch.compiler.is_exporting():
-        # plain operators, which ONNX, AOTInductor and other runtimes know
-        return reference_attention(value, shapes, starts, locations, weights, reference, mask, num_points, method)
-    if reference is not None:
-        locations, weights = locations_and_weights(shapes, locations, weights, reference, num_points)
+        return attention(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend)
+    if points is not None:
+        locations, weights = locations_and_weights(value, shapes, locations, weights, points, num_points)
     if mask is not None:
         value = value.masked_fill(mask[:, :, None, None], 0)
-    return attention(value, shapes, starts, locations, weights, None, None, num_points, method, [], backend)
-
-
-def _raise_shape(name: str, expected, got):
-    expected = expected if isinstance(expected, str) else tuple(expected)
-    raise ValueError(f"{name}: expected shape {expected}, got {tuple(got)}")
-
-
-def _check_same_device(name: str, device: torch.device, expected: torch.device) -> None:
-    if device != expected:
-        raise ValueError(f"{name}: expected on value's device {expected}, got {device}")
-
-
-def _facts(name: str, x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    """What is checked of a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    return x.shape, x.dtype, x.device
-
-
-def _samples(
-    value: Tensor, locations_name: str, locations: Tensor, weights_name: str, weights: Tensor, num_points
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] that fit value [B, S, M, D], and the points of each level."""
-    facts = _facts("value", value), _facts(locations_name, locations), _facts(weights_name, weights)
-    points = None if num_points is None else tuple(num_points)
-    check = _check_samples if torch.compiler.is_compiling() else _known_samples
-    points = check(*facts, locations_name, weights_name, points)
-    if num_points is None:
-        locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
-    return locations, weights, points
-
-
-def _check_samples(value, locations, weights, locations_name: str, weights_name: str, num_points) -> list[int]:
-    """The points of each level. Arguments: the `_facts` of tensors, and num_points of the caller."""
-    listed = num_points is not None
-    points = "K" if listed else "L, P"
-    layouts = "[B, S, M, D]", f"[B, Q, M, {points}, 2]", f"[B, Q, M, {points}]"
-    if listed and (not num_points or min(num_points) < 1):
-        raise ValueError(
-            f"num_points: expected at least one point for each of at least one level, got {list(num_points)}"
-        )
-    names = "value", locations_name, weights_name
-    for name, layout, (shape, dtype, device) in zip(names, layouts, (value, locations, weights), strict=True):
-        rank = layout.count(",") + 1
-        if len(shape) != rank:
-            raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(shape)}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"{name}: expected a floating-point dtype, got {dtype}")
-        _check_same_device(name, device, value[2])
-    B, _, M, D = value[0]
-    Q, sizes = locations[0][1], (sum(num_points),) if listed else locations[0][3:-1]
-    if min(sizes) < 1:
-        raise ValueError(f"{locations_name}: expected at least one level and point, got shape {tuple(locations[0])}")
-    if D < 1 or M < 1:
-        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value[0])}")
-    if locations[0] != (B, Q, M, *sizes, 2):
-        _raise_shape(locations_name, f"({', '.join(map(str, (B, 'Q', M, *sizes, 2)))})", locations[0])
-    if weights[0] != (B, Q, M, *sizes):
-        _raise_shape(weights_name, (B, Q, M, *sizes), weights[0])
-    return list(num_points) if listed else [sizes[1]] * sizes[0]
-
-
-# the checks take longer than a small call may; what passed them once passes again
-_known_samples = functools.lru_cache(maxsize=1024)(_check_samples)
-
-
-class _Levels(NamedTuple):
-    shapes: Tensor  # [L, 2] (H, W), on value's device
-    starts: Tensor | None  # [L]
-    sizes: tuple[tuple[int, int], ...] | None  # the shapes, if the host knows them
-
-    def of_queries(self, Q: int) -> list[int]:
-        """H, W of each level if the Q queries may be their pixels, else nothing: see `launch.kernel_arguments`."""
-        if self.sizes is None or torch.compiler.is_exporting() or sum(H * W for H, W in self.sizes) != Q:
-            return []
-        return [n for size in self.sizes for n in size]
-
-
-def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> _Levels:
-    """Level sizes and starts as tensors on value's device, checked against S where the host knows them."""
-    S, device = value.shape[1], value.device
-    if level_start_index is None and isinstance(spatial_shapes, (list, tuple)) and not torch.compiler.is_compiling():
-        key = tuple(spatial_shapes)
-        if set(map(type, key)) == {tuple}:
-            return _listed_levels(key, S, L, device)
-    return _checked_levels(spatial_shapes, level_start_index, S, L, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _listed_levels(spatial_shapes: tuple[tuple[int, int], ...], S: int, L: int, device: torch.device) -> _Levels:
-    """Checked once."""
-    return _checked_levels(spatial_shapes, None, S, L, device)
-
-
-def _checked_levels(spatial_shapes, level_start_index, S: int, L: int, device: torch.device) -> _Levels:
-    shapes, sizes = _integers("spatial_shapes", spatial_shapes, (L, 2), device)
-    if level_start_index is None:
-        starts, first = None, None
-    else:
-        starts, first = _integers("level_start_index", level_start_index, (L,), device)
-    if sizes is not None and (starts is None or first is not None):
-        tokens = [h * w for h, w in sizes]
-        if starts is None:
-            if sum(tokens) != S:
-                raise ValueError(f"spatial_shapes: expected areas that sum to S = {S} of value, got {list(sizes)}")
-        elif any(f < 0 or f + n > S for f, n in zip(first, tokens, strict=True)):
-            raise ValueError(
-                f"level_start_index: expected levels inside the S = {S} tokens of value, got {list(first)} "
-                f"for spatial_shapes {list(sizes)}"
-            )
-        if any(h < 0 or w < 0 for h, w in sizes):
-            raise ValueError(f"spatial_shapes: expected sizes of at least 0, got {list(sizes)}")
-    return _Levels(shapes, starts, sizes)
-
-
-def _integers(name: str, x, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, tuple | None]:
-    """x as an integer tensor on the device, and its values if the host has them: no device is ever waited for."""
-    if isinstance(x, Tensor):
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
-        if x.shape != shape:
-            _raise_shape(name, shape, x.shape)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            _check_same_device(name, x.device, device)
-            return x, None
-        values = x.tolist()
-    else:
-        values = [tuple(row) if isinstance(row, Sequence) else row for row in x]
-        lengths = [len(row) for row in values if isinstance(row, tuple)]
-        if len(values) != shape[0] or (len(shape) == 2 and lengths != [2] * shape[0]):
-            raise ValueError(f"{name}: expected {' x '.join(map(str, shape))} integers, got {x!r}")
-        numbers = [n for row in values for n in row] if len(shape) == 2 else values
-        if not all(isinstance(n, (Integral, torch.SymInt)) for n in numbers):
-            raise TypeError(f"{name}: expected integers, got {x!r}")
-    values = tuple(tuple(row) for row in values) if len(shape) == 2 else tuple(values)
-    if not isinstance(x, Tensor) or x.device != device:
-        make = _new_constant if torch.compiler.is_compiling() else _constant
-        x = make(values, device)
-    return x, values
-
-
-def _new_constant(values: tuple, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-@functools.lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _constant(values: tuple, device: torch.device) -> Tensor:
-    # copied to the device once, so that later calls neither copy nor wait; a graph keeps its constants by itself.
-    # One that was made in inference mode could not be saved for backward by a later call.
-    return _new_constant(values, device)
+    if method != "default":
+        return discrete_attention(value, shapes, starts, locations, weights, num_points, method)
+    if torch.compiler.is_exporting() or (value.device.type != "cpu" and traced(value, locations, weights)):
+        # plain operators, which ONNX, AOTInductor and other runtimes know
+        return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points)
+    return attention(value, shapes, starts, locations, weights, num_points, None, None, [], backend)
 
 
 @functools.cache
@@ -344,6 +194,12 @@ def _warn_no_triton(device_type: str) -> None:
         "pip install triton",
         stacklevel=4,
     )
+
+
+def check_backend(backend: str) -> None:
+    """Raises a ValueError for a name that is none of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
 def _backend(value: Tensor, backend: str) -> str:
@@ -356,8 +212,7 @@ def _backend(value: Tensor, backend: str) -> str:
             _warn_no_triton(device)
             return "torch"
         return "triton"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    check_backend(backend)
     if backend == "inductor" and device != "cpu":
         raise ValueError(f"backend: 'inductor' needs tensors on the CPU, got {device}")
     if backend == "triton":

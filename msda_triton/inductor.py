@@ -19,16 +19,12 @@ def inductor_forward(value: Tensor, *inputs) -> Tensor:
         ValueError: value is not on a CPU. RuntimeError: there is no C++ compiler.
     """
     _check_device(value)
-    if torch.compiler.is_compiling():
-        return fallback.fallback_forward(value, *inputs)
     return fallback.run_forward(_compiled(), value, *inputs)
 
 
 def inductor_backward(grad_out: Tensor, value: Tensor, *inputs_and_needs) -> tuple[Tensor | None, ...]:
     """`fallback_backward`, for tensors on a CPU; raises as `inductor_forward`."""
     _check_device(value)
-    if torch.compiler.is_compiling():
-        return fallback.fallback_backward(grad_out, value, *inputs_and_needs)
     return fallback.run_backward(_compiled(), grad_out, value, *inputs_and_needs)
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msda_triton.constants import constant
+
 MAX_BATCH = 65535  # programs along the last axis of a grid
 
 
@@ -29,7 +31,6 @@ def kernel_arguments(
     locations: Tensor,
     weights: Tensor,
     num_points: list[int],
-    method: str,
     reference_points: Tensor | None,
     value_mask: Tensor | None,
     query_sizes: list[int],
@@ -48,12 +49,13 @@ def kernel_arguments(
     vec, pack = _vector(value)
     if pack == 2:
         value = value.view(torch.int32)
-    double = torch.float64 in (value.dtype, locations.dtype, weights.dtype)
+    tensors = [value, locations, weights, *([] if reference_points is None else [reference_points])]
+    double = any(x.dtype == torch.float64 for x in tensors)
     return {
         "value_ptr": value,
         "shapes_ptr": spatial_shapes.contiguous(),
         "starts_ptr": None if level_start_index is None else level_start_index.contiguous(),
-        "points_ptr": None if uniform else _points_table(tuple(num_points), value.device),
+        "points_ptr": None if uniform else constant(tuple(num_points), value, torch.int32),
         "loc_ptr": locations.contiguous(),
         "attn_ptr": weights.contiguous(),
         "ref_ptr": None if reference_points is None else reference_points.contiguous(),
@@ -71,7 +73,6 @@ def kernel_arguments(
         "K": K,
         "REF_DIM": 0 if reference_points is None else reference_points.shape[-1],
         "REF_L": 1 if reference_points is None else reference_points.shape[2],
-        "METHOD": method,
         "ACC": tl.float64 if double else tl.float32,
         "PACK": pack,
         "VEC": vec,
@@ -104,17 +105,6 @@ def batches(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
     B = tensors[0].shape[0]
     runs = [slice(i, i + MAX_BATCH) for i in range(0, B, MAX_BATCH)]
     return [tuple(None if x is None else x[run] for x in tensors) for run in runs]
-
-
-_POINTS: dict[tuple, Tensor] = {}
-
-
-def _points_table(num_points: tuple[int, ...], device: torch.device) -> Tensor:
-    """[L] int32 on the device; made once, so that later calls copy nothing."""
-    key = (num_points, device)
-    if key not in _POINTS:
-        _POINTS[key] = torch.tensor(num_points, dtype=torch.int32, device=device)
-    return _POINTS[key]
 
 
 def on_device(tensor: Tensor):

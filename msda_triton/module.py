@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from msda_triton.functional import ms_deform_attn_fused
+from msda_triton import checks
+from msda_triton.functional import check_backend, ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -17,12 +18,17 @@ class MSDeformAttn(nn.Module):
         d_model: channels of queries and value tokens, divisible by `n_heads`.
         n_levels: L, number of feature levels. n_heads: M. n_points: P, samples per head and level.
         backend: as in `ms_deform_attn`; the attribute of this name can be changed later.
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
     def __init__(
         self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4, *, backend: str = "auto"
     ):
         super().__init__()
+        check_backend(backend)
+        sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
+        d_model, n_levels, n_heads, n_points = (checks.count(name, n) for name, n in sizes.items())
         if d_model % n_heads:
             raise ValueError(f"d_model: expected a multiple of n_heads = {n_heads}, got {d_model}")
         self.im2col_step = 64  # read by callers of the original; nothing here depends on it
@@ -37,13 +43,14 @@ class MSDeformAttn(nn.Module):
     def _reset_parameters(self) -> None:
         """Offsets start as a ring: head m looks in direction 2 pi m / M, point p lies p + 1 steps away."""
         nn.init.zeros_(self.sampling_offsets.weight)
-        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
+        bias = self.sampling_offsets.bias
+        angle = torch.arange(self.n_heads, dtype=torch.float32, device=bias.device) * (2.0 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)  # onto the unit square
         ring = direction.view(self.n_heads, 1, 1, 2).repeat(1, self.n_levels, self.n_points, 1)
-        ring = ring * torch.arange(1, self.n_points + 1, dtype=torch.float32).view(1, 1, -1, 1)
+        ring = ring * torch.arange(1, self.n_points + 1, dtype=torch.float32, device=bias.device).view(1, 1, -1, 1)
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(ring.flatten())
+            bias.copy_(ring.flatten())
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -70,9 +77,13 @@ class MSDeformAttn(nn.Module):
             input_padding_mask: [B, S] bool, True on padding.
         Returns:
             [B, Q, C].
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        B, Q, _ = query.shape
-        S = input_flatten.shape[1]
+        B, Q = check_tokens("query", query, "Q", self.d_model)
+        _, S = check_tokens("input_flatten", input_flatten, "S", self.d_model, B)
+        if input_padding_mask is not None:
+            checks.check_mask("input_padding_mask", input_padding_mask, (B, S), input_flatten.device)
         M, L, P = self.n_heads, self.n_levels, self.n_points
         out = ms_deform_attn_fused(
             self.value_proj(input_flatten).view(B, S, M, self.d_model // M),
@@ -85,3 +96,15 @@ class MSDeformAttn(nn.Module):
             backend=self.backend,
         )
         return self.output_proj(out)
+
+
+def check_tokens(name: str, x: Tensor, count: str, channels: int, batch: int | None = None) -> tuple[int, int]:
+    """(B, N) of tokens x [B, N, channels], for a module.
+
+    Args:
+        count: what N is called. batch: B, if it is known.
+    """
+    shape = checks.facts(name, x).shape
+    if len(shape) != 3 or shape[2] != channels or batch not in (None, shape[0]):
+        checks.raise_shape(name, f"({'B' if batch is None else batch}, {count}, {channels})", shape)
+    return shape[0], shape[1]

@@ -2,10 +2,17 @@
 
 The legend of the whole package: B batch, S = sum of H_l * W_l value tokens, Q queries, M heads, D channels per head,
 L levels, P points per level, K = sum of the points over all levels (L * P where every level has P).
+
+Every function here is differentiable as often as autograd likes, computes in float32 at least, and consists of
+operations that autocast leaves alone.
 """
+
+import math
 
 import torch
 from torch import Tensor
+
+from msda_triton.constants import constant, traced
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -15,8 +22,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def level_of_point(spatial_shapes: Tensor, num_points: list[int]) -> Tensor:
     """The level that each of the K flat points samples, [K] int64."""
-    levels = [l for l, n in enumerate(num_points) for _ in range(n)]
-    return torch.tensor(levels, dtype=torch.int64, device=spatial_shapes.device)
+    return constant(tuple(l for l, n in enumerate(num_points) for _ in range(n)), spatial_shapes)
 
 
 def ms_deform_attn_reference(
@@ -26,60 +32,159 @@ def ms_deform_attn_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: list[int],
-    method: str = "default",
 ) -> Tensor:
     """out[b, q, m] = sum_k attention_weights[b, q, m, k] * bilinear(value of level(k), sampling_locations[b, q, m, k]).
-
-    Differentiable as often as autograd likes; computes in float32 at least and in float64 for float64 inputs.
 
     Args:
         value: [B, S, M, D]. spatial_shapes: [L, 2] integer (H, W). level_start_index: [L] integer, or None for levels
             stored one after the other. sampling_locations: [B, Q, M, K, 2] (x, y) in units of the level's size.
             attention_weights: [B, Q, M, K]. num_points: points per level, sums to K.
-        method: "default" is bilinear; "discrete" takes the nearest pixel, clamped to the map, as RT-DETRv2 does;
-            "discrete_h" clamps x with H - 1 too, as the original RT-DETRv2 and D-FINE code does for every map.
     Returns:
         [B, Q, M * D] in value's dtype.
     """
-    B, S, M, D = value.shape
-    Q = sampling_locations.shape[1]
     dtype = compute_dtype(value, sampling_locations, attention_weights)
-
-    level = level_of_point(spatial_shapes, num_points)
-    areas = spatial_shapes[:, 0] * spatial_shapes[:, 1]
-    starts = areas.cumsum(0) - areas if level_start_index is None else level_start_index
-    # a level that does not fit into S holds nothing
-    fits = (starts >= 0) & (spatial_shapes >= 0).all(1) & (starts + areas <= S)
-    H, W = (torch.where(fits, size, 0)[level].long() for size in spatial_shapes.unbind(1))  # [K]
-    start = torch.where(fits, starts, 0)[level].long()
-
+    H, W, start = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
     x, y = sampling_locations.to(dtype).unbind(-1)  # [B, Q, M, K]
-    attn = attention_weights.to(dtype)
-    if method == "default":
-        # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False
-        x, y = x * W - 0.5, y * H - 0.5
-        taken = (x > -1) & (y > -1) & (x < W) & (y < H)
-    else:
-        x_last = (H if method == "discrete_h" else W) - 1
-        taken = x.isfinite() & y.isfinite()
-        x = (x * W + 0.5).detach().floor().clamp(min=0).minimum(x_last.to(dtype))
-        y = (y * H + 0.5).detach().floor().clamp(min=0).minimum((H - 1).to(dtype))
-    x, y, attn = torch.where(taken, x, -2), torch.where(taken, y, -2), torch.where(taken, attn, 0)
+    # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False
+    x, y = x * W - 0.5, y * H - 0.5
+    taken = (x > -1) & (y > -1) & (x < W) & (y < H)
+    x, y = torch.where(taken, x, -2), torch.where(taken, y, -2)
+    attn = torch.where(taken, attention_weights.to(dtype), 0)
 
     x0, y0 = x.detach().floor(), y.detach().floor()
     fx, fy = x - x0, y - y0
     x0, y0 = x0.long(), y0.long()
-    b = torch.arange(B, device=value.device).view(B, 1, 1, 1)
-    m = torch.arange(M, device=value.device).view(1, 1, M, 1)
-
-    out = value.new_zeros(B, Q, M, D, dtype=dtype)
+    sampled = 0.0
     for dx, dy, weight in ((0, 0, (1 - fx) * (1 - fy)), (1, 0, fx * (1 - fy)), (0, 1, (1 - fx) * fy), (1, 1, fx * fy)):
         xi, yi = x0 + dx, y0 + dy
         inside = (xi >= 0) & (xi < W) & (yi >= 0) & (yi < H)
-        if method != "default" and (dx or dy):
-            inside = torch.zeros_like(inside)
-        token = torch.where(inside, start + yi * W + xi, 0)
-        corner = value[b, token, m].to(dtype) if S else value.new_zeros(*token.shape, D, dtype=dtype)
-        corner = torch.where(inside.unsqueeze(-1), corner, 0)  # [B, Q, M, K, D]
-        out = out + torch.einsum("bqmk,bqmkd->bqmd", attn * weight, corner)
-    return out.reshape(B, Q, M * D).to(value.dtype)
+        corner = _pixels(value, torch.where(inside, start + yi * W + xi, 0), dtype)
+        sampled = sampled + weight.unsqueeze(-1) * torch.where(inside.unsqueeze(-1), corner, 0)
+    return (attn.unsqueeze(-1) * sampled).sum(3).flatten(2).to(value.dtype)
+
+
+def discrete_attention(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: list[int],
+    method: str,
+) -> Tensor:
+    """As `ms_deform_attn_reference`, with the pixel at floor(location * size + 0.5), clamped to the map (RT-DETRv2).
+
+    The locations get zeros for a gradient. A location that is not finite contributes nothing.
+
+    Args:
+        method: "discrete", or "discrete_h", which clamps x with H - 1 too, as the original RT-DETRv2 and D-FINE code
+            does for every map.
+    """
+    dtype = compute_dtype(value, sampling_locations, attention_weights)
+    H, W, start = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
+    x, y = sampling_locations.to(dtype).unbind(-1)  # [B, Q, M, K]
+    finite = x.isfinite() & y.isfinite()
+    x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
+    x_last = (H if method == "discrete_h" else W) - 1
+    x = (x * W + 0.5).floor().clamp(min=0).minimum(x_last.to(dtype))
+    y = (y * H + 0.5).floor().clamp(min=0).minimum((H - 1).to(dtype))
+    xi, yi = x.detach().long(), y.detach().long()
+    inside = finite & (xi >= 0) & (xi < W) & (yi >= 0)
+    attn = torch.where(inside, attention_weights.to(dtype), 0)
+    if sampling_locations.requires_grad:
+        attn = attn + (x - x.detach())  # zero, and so is floor's gradient: the locations get one, of zeros
+    pixel = _pixels(value, torch.where(inside, start + yi * W + xi, 0), dtype)
+    pixel = torch.where(inside.unsqueeze(-1), pixel, 0)
+    return (attn.unsqueeze(-1) * pixel).sum(3).flatten(2).to(value.dtype)
+
+
+def near_level(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    num_points: list[int],
+) -> Tensor:
+    """Samples [B, Q, M, K] that are taken, and maybe those up to a hundredth of a pixel off: no two roundings agree."""
+    H, W, _ = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
+    size = torch.stack([W, H], -1)  # [K, 2]
+    pixel = sampling_locations.to(compute_dtype(sampling_locations)) * size - 0.5
+    return ((pixel > -1.01) & (pixel < size + 0.01) & (size > 0)).all(-1)
+
+
+def _level_of_each_point(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor | None, num_points: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H, W and first token of each point's level, [K] int64; -1 for H and W of a level without pixels, or one that is
+    not within the S tokens: no sample x has -1 < x < -1."""
+    shapes = spatial_shapes.long()  # an area may be more than a narrow integer holds
+    level = level_of_point(shapes, num_points)
+    S = value.shape[1]
+    areas = shapes[:, 0] * shapes[:, 1]
+    starts = areas.cumsum(0) - areas if level_start_index is None else level_start_index.long()
+    # a product of sizes beyond S may have overflowed
+    fits = ((shapes > 0) & (shapes <= S)).all(1) & (starts >= 0) & (starts + areas <= S)
+    H, W, start = (torch.where(fits, x, -1)[level] for x in (*shapes.unbind(1), starts))
+    return H, W, start
+
+
+def _pixels(value: Tensor, token: Tensor, dtype: torch.dtype) -> Tensor:
+    """Channels [B, Q, M, K, D] of the tokens [B, Q, M, K] of each image and head."""
+    B, S, M, D = value.shape
+    if not S:
+        return value.to(dtype).sum().expand(*token.shape, D)  # zeros; value gets a gradient all the same
+    b = torch.arange(B, device=value.device).view(B, 1, 1, 1)
+    m = torch.arange(M, device=value.device).view(1, 1, M, 1)
+    return value.to(dtype)[b, token, m]  # converted first, so that the gradients of a pixel are added up in dtype
+
+
+def locations_and_weights(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    reference_points: Tensor,
+    num_points: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Sampling locations [B, Q, M, K, 2] and softmax weights [B, Q, M, K] of the fused inputs, in float32 at least.
+
+    Args:
+        offsets: [B, Q, M, K, 2]. logits: [B, Q, M, K]. reference_points: [B, Q, L or 1, 2 or 4]. value gives its dtype.
+    """
+    dtype = compute_dtype(value, offsets, logits, reference_points)
+    level = level_of_point(spatial_shapes, num_points)
+    points = reference_points.to(dtype)[:, :, None, level if reference_points.shape[2] > 1 else torch.zeros_like(level)]
+    offsets = offsets.to(dtype)
+    if points.shape[-1] == 2:
+        # of a level without pixels no sample is taken; a size of 1 keeps its gradient from being 0 / 0
+        parts = spatial_shapes.flip(-1)[level].clamp(min=1)
+    else:
+        parts = constant(tuple(num_points), spatial_shapes)[level, None]
+    locations = _locate(points, offsets, parts)
+    if not _known_to_be_finite(locations):
+        # such a sample is not taken, and its zero gradient must not meet what is not finite here: 0 * inf is NaN
+        finite = locations.isfinite().all(-1, keepdim=True)
+        points, offsets = torch.where(finite, points, 0), torch.where(finite, offsets, 0)
+        locations = torch.where(finite, _locate(points, offsets, parts), math.nan)
+    return locations, logits.to(dtype).softmax(-1)
+
+
+def _locate(points: Tensor, offsets: Tensor, parts: Tensor) -> Tensor:
+    """Offsets count pixels of a level of (W, H) = parts; or, for boxes, of `parts` points reach half the box's size."""
+    if points.shape[-1] == 2:
+        return points + offsets / parts
+    return points[..., :2] + offsets * (points[..., 2:] * 0.5 / parts)
+
+
+def _known_to_be_finite(x: Tensor) -> bool:
+    # numbers are read back, which is free on CPUs only; finite numbers may have an infinite sum, and count as not known
+    return not traced(x) and x.device.type == "cpu" and math.isfinite(x.detach().sum().item())
+
+
+def reference_attention(value, shapes, starts, locations, weights, num_points, points, mask) -> Tensor:
+    """The reference for both forms of input: offsets and logits if reference points are given; value_mask or None."""
+    if points is not None:
+        locations, weights = locations_and_weights(value, shapes, locations, weights, points, num_points)
+    if mask is not None:
+        value = value.masked_fill(mask[:, :, None, None], 0)
+    return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msda_triton.op import reference_attention
+from msda_triton.reference import reference_attention
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -102,5 +102,5 @@ def reference(value, shapes, locations, weights, starts=None):
     P = locations.shape[4]
     shapes = torch.as_tensor(shapes, device=value.device)
     return reference_attention(
-        value, shapes, starts, locations.flatten(3, 4), weights.flatten(3, 4), None, None, [P] * len(shapes), "default"
+        value, shapes, starts, locations.flatten(3, 4), weights.flatten(3, 4), [P] * len(shapes), None, None
     )

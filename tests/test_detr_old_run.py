@@ -1,7 +1,7 @@
 """A run that commit ccff825 began: it must load, say the same and resume, whatever changes after it.
 
-The fixture is `tiny` with d_model 32 and one decoder layer (0.49 M parameters, 2.3 MB), stopped after two of four steps,
-its six images of 64 x 64 pixels, what it says of the two of validation, and what ccff825 logged at step 4.
+The fixture is `tiny` with d_model 32 and one decoder layer (0.49 M parameters, 2.3 MB), stopped after two of four
+steps, its six images of 64 x 64 pixels, what it says of the two of validation, and what ccff825 logged at step 4.
 """
 
 import json

@@ -22,14 +22,14 @@ def make_inputs(levels=LEVELS, B=2, Q=5, M=3, D=8, points=(2, 3, 1), dtype=torch
     value = torch.randn(B, S, M, D, generator=rng, dtype=torch.float64).to(dtype)
     locations = (torch.rand(B, Q, M, K, 2, generator=rng, dtype=torch.float64) - 0.5) * spread + 0.5
     weights = torch.randn(B, Q, M, K, generator=rng, dtype=torch.float64).softmax(-1)
-    return [value, torch.tensor(levels), None, locations.to(dtype), weights.to(dtype), list(points), "default"]
+    return [value, torch.tensor(levels), None, locations.to(dtype), weights.to(dtype), list(points)]
 
 
 def expected(inputs, grad_out, dtype=torch.float64):
     """out and the three gradients by autograd through the specification, computed in dtype."""
-    value, shapes, starts, locations, weights, points, method = inputs
+    value, shapes, starts, locations, weights, points = inputs
     leaves = [t.detach().to(dtype).requires_grad_() for t in (value, locations, weights)]
-    out = ms_deform_attn_reference(leaves[0], shapes, starts, leaves[1], leaves[2], points, method)
+    out = ms_deform_attn_reference(leaves[0], shapes, starts, leaves[1], leaves[2], points)
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype), materialize_grads=True)
 
 
@@ -46,36 +46,35 @@ def grad_like(inputs, seed=1):
 def check(inputs, rtol=1e-10, atol=1e-12, grad_out=None):
     grad_out = grad_like(inputs) if grad_out is None else grad_out
     for name, got, want in zip(NAMES, computed(inputs, grad_out), expected(inputs, grad_out), strict=True):
-        torch.testing.assert_close(
-            got.double(), want, rtol=rtol, atol=atol, equal_nan=True, msg=f"{{}} ({name})".format
-        )
+        # infinity may be NaN on one side only, by inf - inf where a sum has its terms in another order
+        assert torch.equal(got.isfinite(), want.isfinite()), name
+        numbers = [torch.where(want.isfinite(), t.double(), 0) for t in (got, want)]
+        torch.testing.assert_close(*numbers, rtol=rtol, atol=atol, msg=f"{{}} ({name})".format)
 
 
 def set_dense_tokens(monkeypatch, number):
-    monkeypatch.setattr(bags, "DENSE_TOKENS", number)
-    bags.parts_of.cache_clear()
-    monkeypatch.setattr(bags, "parts_of", bags.parts_of.__wrapped__)
+    monkeypatch.setattr(fallback, "_DENSE_TOKENS", number)
 
 
 @pytest.fixture
-def no_reference(monkeypatch):
-    """Fails the test if the call is handed to the reference."""
+def fast(monkeypatch):
+    """Fails the test if anything is computed again with care."""
 
     def refuse(*args):
         raise AssertionError("the fast way was not taken")
 
-    monkeypatch.setattr(fallback, "ms_deform_attn_reference", refuse)
+    monkeypatch.setattr(fallback, "_careful_bags", refuse)
 
 
 @pytest.mark.parametrize("D", [1, 8, 30, 33])
 @pytest.mark.parametrize("points", [(1, 1, 1), (4, 4, 4), (0, 3, 1)])
-def test_float64(D, points, no_reference):
+def test_float64(D, points, fast):
     check(make_inputs(D=D, points=points))
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 200])
 @pytest.mark.parametrize("dense_tokens", [0, 6, 64])
-def test_chunks_of_queries(chunk, dense_tokens, monkeypatch, no_reference):
+def test_chunks_of_queries(chunk, dense_tokens, monkeypatch, fast):
     monkeypatch.setattr(fallback, "_CHUNK_FORWARD", chunk)
     monkeypatch.setattr(fallback, "_CHUNK_BACKWARD", chunk)
     monkeypatch.setattr(fallback, "_CHUNK_DENSE", 20 * chunk)
@@ -97,13 +96,13 @@ PARTS = {  # tokens of a dense level for each of its points: where the parts of 
 @pytest.mark.parametrize(
     "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 )
-def test_dense_and_sorted_parts(case, needs, monkeypatch, no_reference):
+def test_dense_and_sorted_parts(case, needs, monkeypatch, fast):
     dense_tokens, levels, starts, parts = PARTS[case]
     set_dense_tokens(monkeypatch, dense_tokens)
     inputs = make_inputs(levels=levels, points=(2, 3, 1)[: len(levels)])
     inputs[2] = None if starts is None else torch.tensor(starts)
-    geometry = bags.geometry_of(inputs[1], inputs[2], inputs[5], inputs[0].shape[1])
-    found = bags.parts_of(geometry, inputs[0].shape[1])
+    geometry, _ = bags.geometry_of(inputs[1], inputs[2], inputs[5], inputs[0].shape[1])
+    found = bags.parts_of(geometry, inputs[0].shape[1], dense_tokens)
     assert [(part.points.start, part.points.stop, part.dense) for part in found] == parts
     grad_out = grad_like(inputs)
     got = fallback_backward(grad_out, *inputs, needs)
@@ -114,7 +113,7 @@ def test_dense_and_sorted_parts(case, needs, monkeypatch, no_reference):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_error_against_float64(dtype, no_reference):
+def test_error_against_float64(dtype, fast):
     inputs = make_inputs(dtype=dtype, Q=40, spread=1.2)
     grad_out = grad_like(inputs)
     exact = expected(inputs, grad_out)
@@ -138,7 +137,7 @@ def test_mixed_dtypes():
 EDGES = [-1.0, -0.75, -0.5, -1e-9, 0.0, 0.25, 1.0, 2.5, 3.0, 3.5, 3.999, 4.0, 4.25, 1e30, -1e30]
 
 
-def test_positions_at_and_beyond_the_border(no_reference):
+def test_positions_at_and_beyond_the_border(fast):
     # pixel positions along x for a map 4 wide, y inside, and the other way round
     H, W = 4, 4
     at = torch.tensor(EDGES, dtype=torch.float64)
@@ -161,13 +160,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_value(layout, no_reference):
+def test_layouts_of_value(layout, fast):
     inputs = make_inputs()
     inputs[0] = LAYOUTS[layout](inputs[0])
     check(inputs)
 
 
-def test_noncontiguous_locations_weights_and_grad(no_reference):
+def test_noncontiguous_locations_weights_and_grad(fast):
     inputs = make_inputs()
     inputs[3] = inputs[3].movedim(-1, 0).contiguous().movedim(0, -1)
     inputs[4] = inputs[4].transpose(1, 3).contiguous().transpose(1, 3)
@@ -175,7 +174,7 @@ def test_noncontiguous_locations_weights_and_grad(no_reference):
 
 
 @pytest.mark.parametrize("starts", [[0, 35, 36], [19, 18, 0], [0, 0, 0], [3, 2, 1]])
-def test_level_start_index(starts, no_reference):
+def test_level_start_index(starts, fast):
     inputs = make_inputs()
     inputs[2] = torch.tensor(starts)
     check(inputs)
@@ -196,13 +195,6 @@ def test_levels_that_do_not_fit(levels, starts):
     inputs = make_inputs()
     inputs[1] = torch.tensor(levels)
     inputs[2] = None if starts is None else torch.tensor(starts)
-    check(inputs)
-
-
-@pytest.mark.parametrize("method", ["discrete", "discrete_h"])
-def test_discrete(method):
-    inputs = make_inputs()
-    inputs[-1] = method
     check(inputs)
 
 
@@ -257,7 +249,7 @@ def test_empty(axis):
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)])
-def test_only_what_is_needed(needs, no_reference):
+def test_only_what_is_needed(needs, fast):
     inputs = make_inputs()
     grad_out = grad_like(inputs)
     full = fallback_backward(grad_out, *inputs, (True, True, True))
@@ -267,13 +259,14 @@ def test_only_what_is_needed(needs, no_reference):
         assert p is None or torch.equal(p, f)
 
 
-def test_needs_are_kept_where_the_reference_answers():
+@pytest.mark.parametrize("where", [0, 3, 4])
+def test_needs_are_kept_where_not_all_is_finite(where):
     inputs = make_inputs()
-    inputs[3][0, 0, 0, 0, 0] = math.nan
+    inputs[where].view(-1)[0] = math.nan
     grad_out = grad_like(inputs)
     value, locations, weights = fallback_backward(grad_out, *inputs, (False, True, False))
     assert value is None and weights is None
-    torch.testing.assert_close(locations, expected(inputs, grad_out)[2])
+    torch.testing.assert_close(locations, expected(inputs, grad_out)[2], equal_nan=True)
     assert fallback_backward(grad_out, *inputs, (False, False, False)) == (None, None, None)
 
 
@@ -292,7 +285,7 @@ def test_no_warning_reaches_the_user():
 import torch
 from msda_triton.fallback import fallback_backward
 locations, weights = torch.rand(1, 3, 1, 2, 2), torch.rand(1, 3, 1, 2)
-inputs = torch.ones(1, 4, 1, 2), torch.tensor([(2, 2)]), None, locations, weights, [2], "default"
+inputs = torch.ones(1, 4, 1, 2), torch.tensor([(2, 2)]), None, locations, weights, [2]
 fallback_backward(torch.ones(1, 3, 2), *inputs, (True, True, True))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -307,9 +300,11 @@ def test_compiles_as_one_graph_for_all_sizes():
         graphs.append(module)
         return module
 
+    operators = torch.ops.msda_triton
+
     def both(value, shapes, locations, weights, grad_out):
-        inputs = (value, shapes, None, locations, weights, [2, 3, 1], "default")
-        return fallback_forward(*inputs), fallback_backward(grad_out, *inputs, (True, True, True))
+        inputs = (value, shapes, None, locations, weights, [2, 3, 1])
+        return operators.fallback_forward(*inputs), operators.fallback_backward(grad_out, *inputs, [True, True, True])
 
     compiled = torch.compile(both, backend=backend, fullgraph=True, dynamic=True)
     for Q, levels in ((5, LEVELS), (11, [(4, 4), (2, 3), (2, 2)])):

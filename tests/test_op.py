@@ -22,7 +22,7 @@ def op_inputs(device, fused):
     points = torch.rand(2, 5, 2, 4, device=device) if fused else None
     mask = torch.zeros(2, 47, dtype=torch.bool, device=device) if fused else None
     tensors = (value.detach(), torch.tensor(SHAPES, device=device), None, locations.detach().flatten(3, 4))
-    return (*tensors, weights.detach().flatten(3, 4), [2, 2], "default", points, mask, [])
+    return (*tensors, weights.detach().flatten(3, 4), [2, 2], points, mask, [])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -91,7 +91,7 @@ def test_no_graph_waits_for_the_device(device):
         value, locations, weights = (torch.empty(size, device=device) for size in sizes)
         shapes = torch.empty(2, 2, dtype=torch.long, device=device)
         torch.ops.msda_triton.forward(
-            value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], "default", None, None, []
+            value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], None, None, []
         )
 
 
@@ -108,19 +108,22 @@ def test_import_needs_neither_triton_nor_the_detector_libraries():
 
 
 ARROWS = {
-    "reference": set(),
+    "constants": set(),
+    "reference": {"constants"},
     "bilinear": set(),
     "tuning": set(),
-    "launch": set(),
+    "launch": {"constants"},
     "bags": set(),
     "fallback": {"bags", "reference"},
     "inductor": {"bags", "fallback"},
     "forward": {"bilinear", "launch", "tuning"},
-    "backward": {"bilinear", "launch", "tuning"},
-    "op": {"reference", "fallback", "inductor", "forward", "backward", "launch", "tuning"},
-    "functional": {"op", "reference"},
-    "module": {"functional"},
+    "backward": {"bilinear", "launch", "reference", "tuning"},
+    "op": {"constants", "reference", "fallback", "inductor", "forward", "backward", "launch", "tuning"},
+    "checks": {"constants"},
+    "functional": {"checks", "constants", "op", "reference"},
+    "module": {"checks", "functional"},
 }
+TRITON_ONLY = ("bilinear", "tuning", "launch", "forward", "backward")
 SHIMS = sorted(path.stem for path in (ROOT / "msda_triton" / "shims").glob("*.py"))
 
 
@@ -145,9 +148,7 @@ def test_arrows_of_the_house(name):
             assert not (name == "op" and top and rest[0] in ("forward", "backward", "launch", "tuning")), (
                 f"{imported} at import"
             )
-        assert not (name in ("reference", "bags", "fallback", "op", "functional", "module") and package == "triton"), (
-            imported
-        )
+        assert not (name not in TRITON_ONLY and package == "triton"), imported
 
 
 @pytest.mark.parametrize("name", SHIMS)

@@ -87,13 +87,13 @@ def test_sizes_that_only_the_device_knows_never_reach_outside(backend, sizes, st
     shapes = torch.tensor(sizes).view(2, 2)
     first = None if starts is None else torch.tensor(starts)
     if backend == "triton":
-        arguments = (shapes, first, locations, weights, [2, 2], "default", None, None, [])
+        arguments = (shapes, first, locations, weights, [2, 2], None, None, [])
         out = torch.ops.msda_triton.forward(value, *arguments)
         grad = torch.ops.msda_triton.backward(torch.ones(1, 3, 16), value, *arguments, [True, True, True, False])[0]
     else:
         from msda_triton.fallback import fallback_backward, fallback_forward
 
-        arguments = (shapes, first, locations, weights, [2, 2], "default")
+        arguments = (shapes, first, locations, weights, [2, 2])
         out = fallback_forward(value, *arguments)
         grad = fallback_backward(torch.ones(1, 3, 16), value, *arguments, (True, True, True))[0]
     assert out.isfinite().all()

@@ -1,0 +1,236 @@
+"""What the public functions accept: a wrong argument is named, with what was expected and what came."""
+
+import functools
+from collections.abc import Sequence
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from msda_triton.constants import constant, traced
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LIMIT = 2**31  # of a level's height and width
+
+
+class Facts(NamedTuple):
+    """What is checked of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def facts(name: str, x: Tensor) -> Facts:
+    """Of a tensor, which must be an ordinary one.
+
+    Raises:
+        TypeError: no tensor. ValueError: sparse, nested or of another layout.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+    return Facts(x.shape, x.dtype, x.device)
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """Raises a TypeError for a dtype that no kernel reads."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype}")
+
+
+def raise_shape(name: str, expected, got) -> None:
+    """The error of a shape that does not fit."""
+    expected = expected if isinstance(expected, str) else tuple(expected)
+    raise ValueError(f"{name}: expected shape {expected}, got {tuple(got)}")
+
+
+def check_device(name: str, device: torch.device, expected: torch.device) -> None:
+    """Raises a ValueError if a tensor is not where value is."""
+    if device != expected:
+        raise ValueError(f"{name}: expected on value's device {expected}, got {device}")
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Of a padding mask [B, S]."""
+    mask_facts = facts(name, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (True on padding), got {mask.dtype}")
+    if mask_facts.shape != tuple(shape):
+        raise_shape(name, shape, mask_facts.shape)
+    check_device(name, mask_facts.device, device)
+
+
+def count(name: str, n) -> int:
+    """n, an integer of at least 1."""
+    if not isinstance(n, Integral) or isinstance(n, bool):
+        raise TypeError(f"{name}: expected an integer, got {n!r}")
+    if n < 1:
+        raise ValueError(f"{name}: expected at least 1, got {n}")
+    return int(n)
+
+
+def _listed(name: str, x, expected: str) -> list:
+    """The entries of a list, tuple, other sequence or NumPy array."""
+    if not isinstance(x, (list, tuple)):
+        if hasattr(x, "tolist") and not isinstance(x, Tensor):
+            x = x.tolist()
+        if not isinstance(x, Sequence) or isinstance(x, (str, bytes)):
+            raise TypeError(f"{name}: expected {expected}, got {x!r}")
+    return list(x)
+
+
+def _integers(name: str, x, numbers: Sequence, expected: str) -> tuple[int, ...]:
+    """numbers, which must be integers, as Python's own; x is what the caller gave."""
+    for n in numbers:
+        if type(n) is not int and (not isinstance(n, (Integral, torch.SymInt)) or isinstance(n, bool)):
+            raise TypeError(f"{name}: expected {expected}, got {x!r}")
+    return tuple([n if type(n) is int or isinstance(n, torch.SymInt) else int(n) for n in numbers])
+
+
+def samples(
+    value: Tensor, locations_name: str, locations: Tensor, weights_name: str, weights: Tensor, num_points
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] that fit value [B, S, M, D], and the points of each level.
+
+    Args:
+        num_points: as in `functional.ms_deform_attn`.
+    """
+    points = None
+    if num_points is not None:
+        expected = "the number of points of each level, as integers"
+        points = _integers("num_points", num_points, _listed("num_points", num_points, expected), expected)
+    tensors = {"value": value, locations_name: locations, weights_name: weights}
+    found = [facts(name, x) for name, x in tensors.items()]
+    check = _check_samples if traced(*tensors.values()) else _known_samples
+    points = check(*found, locations_name, weights_name, points)
+    if num_points is None:
+        locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
+    return locations, weights, list(points)
+
+
+def _check_samples(
+    value: Facts, locations: Facts, weights: Facts, locations_name: str, weights_name: str, num_points
+) -> tuple[int, ...]:
+    """The points of each level."""
+    listed = num_points is not None
+    points = "K" if listed else "L, P"
+    layouts = "[B, S, M, D]", f"[B, Q, M, {points}, 2]", f"[B, Q, M, {points}]"
+    if listed and (not num_points or min(num_points) < 1):
+        raise ValueError(
+            f"num_points: expected at least one point for each of at least one level, got {list(num_points)}"
+        )
+    names = "value", locations_name, weights_name
+    for name, layout, (shape, dtype, device) in zip(names, layouts, (value, locations, weights), strict=True):
+        rank = layout.count(",") + 1
+        if len(shape) != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(shape)}")
+        check_float(name, dtype)
+        check_device(name, device, value.device)
+    B, _, M, D = value.shape
+    Q, sizes = locations.shape[1], (sum(num_points),) if listed else locations.shape[3:-1]
+    if min(sizes) < 1:
+        raise ValueError(f"{locations_name}: expected at least one level and point, got shape {tuple(locations.shape)}")
+    if D < 1 or M < 1:
+        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value.shape)}")
+    if locations.shape != (B, Q, M, *sizes, 2):
+        raise_shape(locations_name, f"({', '.join(map(str, (B, 'Q', M, *sizes, 2)))})", locations.shape)
+    if weights.shape != (B, Q, M, *sizes):
+        raise_shape(weights_name, (B, Q, M, *sizes), weights.shape)
+    return num_points if listed else (sizes[1],) * sizes[0]
+
+
+# the checks take longer than a small call may; what passed them once passes again
+_known_samples = functools.lru_cache(maxsize=1024)(_check_samples)
+
+
+class Levels(NamedTuple):
+    """Sizes and first tokens of the levels."""
+
+    shapes: Tensor  # [L, 2] (H, W), on value's device
+    starts: Tensor | None  # [L]
+    sizes: tuple[tuple[int, int], ...] | None  # the shapes, if the host knows them
+
+    def of_queries(self, Q: int) -> list[int]:
+        """H, W of each level if the Q queries may be their pixels, else nothing: see `launch.kernel_arguments`."""
+        if self.sizes is None or torch.compiler.is_exporting() or sum(H * W for H, W in self.sizes) != Q:
+            return []
+        return [n for size in self.sizes for n in size]
+
+
+def levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> Levels:
+    """Level sizes and starts as tensors on value's device, checked against S where the host knows them.
+
+    Args:
+        spatial_shapes, level_start_index: as in `functional.ms_deform_attn`, for L levels.
+    """
+    known = not traced(value)
+    sizes = starts = None
+    if isinstance(spatial_shapes, Tensor):
+        numbers = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), value, known)
+        if numbers is not None:
+            sizes = tuple([tuple(row) for row in numbers])
+    else:
+        sizes = _size_pairs(spatial_shapes, L)
+    if isinstance(level_start_index, Tensor):
+        starts = _check_integer_tensor("level_start_index", level_start_index, (L,), value, known)
+        starts = None if starts is None else tuple(starts)
+    elif level_start_index is not None:
+        expected = f"{L} integers"
+        starts = _listed("level_start_index", level_start_index, expected)
+        if len(starts) != L:
+            raise ValueError(f"level_start_index: expected {expected}, got {level_start_index!r}")
+        starts = _integers("level_start_index", level_start_index, starts, "integers")
+    in_order = level_start_index is None
+    (_known_levels if known else _check_levels)(sizes, starts, in_order, value.shape[1])
+    first = None if in_order else _on_device(level_start_index, starts, value)
+    return Levels(_on_device(spatial_shapes, sizes, value), first, sizes)
+
+
+def _size_pairs(x, L: int) -> tuple[tuple[int, int], ...]:
+    expected = "an integer tensor [L, 2] or a pair of integers (H, W) for each level"
+    rows = [_listed("spatial_shapes", row, expected) for row in _listed("spatial_shapes", x, expected)]
+    if len(rows) != L or any(len(row) != 2 for row in rows):
+        raise ValueError(f"spatial_shapes: expected {L} x 2 integers, got {x!r}")
+    return tuple([_integers("spatial_shapes", x, row, "integers") for row in rows])
+
+
+def _check_integer_tensor(name: str, x: Tensor, shape: tuple[int, ...], value: Tensor, known: bool) -> list | None:
+    """The numbers in x, if the host has them: no device is ever waited for."""
+    found = facts(name, x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+    if found.shape != shape:
+        raise_shape(name, shape, found.shape)
+    if known and found.device.type == "cpu" and not traced(x):
+        return x.tolist()
+    check_device(name, found.device, value.device)
+    return None
+
+
+def _check_levels(sizes, starts, in_order: bool, S: int) -> None:
+    """Arguments: the numbers of spatial_shapes and level_start_index, None where only the device has them."""
+    if sizes is not None:
+        if any(not 0 <= n < _LIMIT for size in sizes for n in size):
+            raise ValueError(f"spatial_shapes: expected sizes of at least 0 and below 2^31, got {list(sizes)}")
+        tokens = [h * w for h, w in sizes]
+        if in_order and sum(tokens) != S:
+            raise ValueError(f"spatial_shapes: expected areas that sum to S = {S} of value, got {list(sizes)}")
+    else:
+        tokens = [0] * len(starts or ())
+    if starts is not None and any(first < 0 or first + n > S for first, n in zip(starts, tokens, strict=True)):
+        sizes = "" if sizes is None else f" for spatial_shapes {list(sizes)}"
+        raise ValueError(
+            f"level_start_index: expected levels inside the S = {S} tokens of value, got {list(starts)}{sizes}"
+        )
+
+
+_known_levels = functools.lru_cache(maxsize=1024)(_check_levels)
+
+
+def _on_device(x, numbers: tuple | None, value: Tensor) -> Tensor:
+    if isinstance(x, Tensor) and (numbers is None or x.device == value.device):
+        return x
+    return constant(numbers, value)
