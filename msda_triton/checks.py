@@ -1,5 +1,6 @@
 """What the public functions accept: a wrong argument is named, with what was expected and what came."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from numbers import Integral
@@ -14,16 +15,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LIMIT = 2**31  # of a level's height and width
 
 
-class Facts(NamedTuple):
-    """What is checked of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+# what is checked of a tensor
+Facts = tuple[torch.Size, torch.dtype, torch.device]
 
 
 def facts(name: str, x: Tensor) -> Facts:
-    """Of a tensor, which must be an ordinary one.
+    """Shape, dtype and device of a tensor, which must be an ordinary one.
 
     Raises:
         TypeError: no tensor. ValueError: sparse, nested or of another layout.
@@ -32,7 +29,7 @@ def facts(name: str, x: Tensor) -> Facts:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
-    return Facts(x.shape, x.dtype, x.device)
+    return x.shape, x.dtype, x.device
 
 
 def check_float(name: str, dtype: torch.dtype) -> None:
@@ -55,12 +52,12 @@ def check_device(name: str, device: torch.device, expected: torch.device) -> Non
 
 def check_mask(name: str, mask: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """Of a padding mask [B, S]."""
-    mask_facts = facts(name, mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected a bool tensor (True on padding), got {mask.dtype}")
-    if mask_facts.shape != tuple(shape):
-        raise_shape(name, shape, mask_facts.shape)
-    check_device(name, mask_facts.device, device)
+    got, dtype, mask_device = facts(name, mask)
+    if dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor (True on padding), got {dtype}")
+    if got != tuple(shape):
+        raise_shape(name, shape, got)
+    check_device(name, mask_device, device)
 
 
 def count(name: str, n) -> int:
@@ -84,10 +81,14 @@ def _listed(name: str, x, expected: str) -> list:
 
 def _integers(name: str, x, numbers: Sequence, expected: str) -> tuple[int, ...]:
     """numbers, which must be integers, as Python's own; x is what the caller gave."""
+    found = []
     for n in numbers:
-        if type(n) is not int and (not isinstance(n, (Integral, torch.SymInt)) or isinstance(n, bool)):
-            raise TypeError(f"{name}: expected {expected}, got {x!r}")
-    return tuple([n if type(n) is int or isinstance(n, torch.SymInt) else int(n) for n in numbers])
+        if type(n) is not int and not isinstance(n, torch.SymInt):
+            if not isinstance(n, Integral) or isinstance(n, bool):
+                raise TypeError(f"{name}: expected {expected}, got {x!r}")
+            n = int(n)
+        found.append(n)
+    return tuple(found)
 
 
 def samples(
@@ -102,9 +103,8 @@ def samples(
     if num_points is not None:
         expected = "the number of points of each level, as integers"
         points = _integers("num_points", num_points, _listed("num_points", num_points, expected), expected)
-    tensors = {"value": value, locations_name: locations, weights_name: weights}
-    found = [facts(name, x) for name, x in tensors.items()]
-    check = _check_samples if traced(*tensors.values()) else _known_samples
+    found = facts("value", value), facts(locations_name, locations), facts(weights_name, weights)
+    check = _check_samples if traced(value, locations, weights) else _known_samples
     points = check(*found, locations_name, weights_name, points)
     if num_points is None:
         locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
@@ -128,17 +128,17 @@ def _check_samples(
         if len(shape) != rank:
             raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(shape)}")
         check_float(name, dtype)
-        check_device(name, device, value.device)
-    B, _, M, D = value.shape
-    Q, sizes = locations.shape[1], (sum(num_points),) if listed else locations.shape[3:-1]
+        check_device(name, device, value[2])
+    (B, _, M, D), shape = value[0], locations[0]
+    Q, sizes = shape[1], (sum(num_points),) if listed else shape[3:-1]
     if min(sizes) < 1:
-        raise ValueError(f"{locations_name}: expected at least one level and point, got shape {tuple(locations.shape)}")
+        raise ValueError(f"{locations_name}: expected at least one level and point, got shape {tuple(shape)}")
     if D < 1 or M < 1:
-        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value.shape)}")
-    if locations.shape != (B, Q, M, *sizes, 2):
-        raise_shape(locations_name, f"({', '.join(map(str, (B, 'Q', M, *sizes, 2)))})", locations.shape)
-    if weights.shape != (B, Q, M, *sizes):
-        raise_shape(weights_name, (B, Q, M, *sizes), weights.shape)
+        raise ValueError(f"value: expected at least one head and one channel, got shape {tuple(value[0])}")
+    if shape != (B, Q, M, *sizes, 2):
+        raise_shape(locations_name, f"({', '.join(map(str, (B, 'Q', M, *sizes, 2)))})", shape)
+    if weights[0] != (B, Q, M, *sizes):
+        raise_shape(weights_name, (B, Q, M, *sizes), weights[0])
     return num_points if listed else (sizes[1],) * sizes[0]
 
 
@@ -167,6 +167,12 @@ def levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> Levels:
         spatial_shapes, level_start_index: as in `functional.ms_deform_attn`, for L levels.
     """
     known = not traced(value)
+    if known and level_start_index is None:
+        numbers = _pairs_of_usual_classes(spatial_shapes)
+        with contextlib.suppress(TypeError):  # something in there is no integer: what follows says so
+            if numbers:
+                sizes = _known_sizes(value.shape[1], L, *numbers)
+                return Levels(constant(sizes, value), None, sizes)
     sizes = starts = None
     if isinstance(spatial_shapes, Tensor):
         numbers = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), value, known)
@@ -189,6 +195,26 @@ def levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> Levels:
     return Levels(_on_device(spatial_shapes, sizes, value), first, sizes)
 
 
+def _pairs_of_usual_classes(x) -> list:
+    """The numbers in a list or tuple of pairs that are lists or tuples; empty if it is anything else."""
+    numbers = []
+    if type(x) is list or type(x) is tuple:
+        for row in x:
+            if (type(row) is not tuple and type(row) is not list) or len(row) != 2:
+                return []
+            numbers += row
+    return numbers
+
+
+# typed: 2.0 and True are no sizes, though they equal 2 and 1
+@functools.lru_cache(maxsize=1024, typed=True)
+def _known_sizes(S: int, L: int, *numbers: int) -> tuple[tuple[int, int], ...]:
+    """Sizes of the levels, from their heights and widths in turn."""
+    sizes = _size_pairs(list(zip(numbers[::2], numbers[1::2], strict=True)), L)
+    _check_levels(sizes, None, True, S)
+    return sizes
+
+
 def _size_pairs(x, L: int) -> tuple[tuple[int, int], ...]:
     expected = "an integer tensor [L, 2] or a pair of integers (H, W) for each level"
     rows = [_listed("spatial_shapes", row, expected) for row in _listed("spatial_shapes", x, expected)]
@@ -199,14 +225,14 @@ def _size_pairs(x, L: int) -> tuple[tuple[int, int], ...]:
 
 def _check_integer_tensor(name: str, x: Tensor, shape: tuple[int, ...], value: Tensor, known: bool) -> list | None:
     """The numbers in x, if the host has them: no device is ever waited for."""
-    found = facts(name, x)
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
-    if found.shape != shape:
-        raise_shape(name, shape, found.shape)
-    if known and found.device.type == "cpu" and not traced(x):
+    got, dtype, device = facts(name, x)
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer dtype, got {dtype}")
+    if got != shape:
+        raise_shape(name, shape, got)
+    if known and device.type == "cpu" and not traced(x):
         return x.tolist()
-    check_device(name, found.device, value.device)
+    check_device(name, device, value.device)
     return None
 
 

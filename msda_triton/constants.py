@@ -16,12 +16,14 @@ def traced(*tensors: Tensor) -> bool:
     torch.func, and for tensors of a class with a dispatch of its own. Then no tensor's content may be looked at, and
     what is made may be no real tensor.
     """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors)
-    )
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return True
+    for x in tensors:  # noqa: SIM110 - a call's validation counts in microseconds
+        if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
+    return False
 
 
 def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -104,7 +104,7 @@ def check_tokens(name: str, x: Tensor, count: str, channels: int, batch: int | N
     Args:
         count: what N is called. batch: B, if it is known.
     """
-    shape = checks.facts(name, x).shape
+    shape, _, _ = checks.facts(name, x)
     if len(shape) != 3 or shape[2] != channels or batch not in (None, shape[0]):
         checks.raise_shape(name, f"({'B' if batch is None else batch}, {count}, {channels})", shape)
     return shape[0], shape[1]

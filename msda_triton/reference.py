@@ -48,8 +48,8 @@ def ms_deform_attn_reference(
     # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False
     x, y = x * W - 0.5, y * H - 0.5
     taken = (x > -1) & (y > -1) & (x < W) & (y < H)
-    x, y = torch.where(taken, x, -2), torch.where(taken, y, -2)
-    attn = torch.where(taken, attention_weights.to(dtype), 0)
+    x, y = x.masked_fill(~taken, -2), y.masked_fill(~taken, -2)
+    attn = attention_weights.to(dtype).masked_fill(~taken, 0)
 
     x0, y0 = x.detach().floor(), y.detach().floor()
     fx, fy = x - x0, y - y0
@@ -58,8 +58,7 @@ def ms_deform_attn_reference(
     for dx, dy, weight in ((0, 0, (1 - fx) * (1 - fy)), (1, 0, fx * (1 - fy)), (0, 1, (1 - fx) * fy), (1, 1, fx * fy)):
         xi, yi = x0 + dx, y0 + dy
         inside = (xi >= 0) & (xi < W) & (yi >= 0) & (yi < H)
-        corner = _pixels(value, torch.where(inside, start + yi * W + xi, 0), dtype)
-        sampled = sampled + weight.unsqueeze(-1) * torch.where(inside.unsqueeze(-1), corner, 0)
+        sampled = sampled + weight.unsqueeze(-1) * _pixels(value, start + yi * W + xi, inside, dtype)
     return (attn.unsqueeze(-1) * sampled).sum(3).flatten(2).to(value.dtype)
 
 
@@ -84,17 +83,16 @@ def discrete_attention(
     H, W, start = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
     x, y = sampling_locations.to(dtype).unbind(-1)  # [B, Q, M, K]
     finite = x.isfinite() & y.isfinite()
-    x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
+    x, y = x.masked_fill(~finite, 0), y.masked_fill(~finite, 0)
     x_last = (H if method == "discrete_h" else W) - 1
     x = (x * W + 0.5).floor().clamp(min=0).minimum(x_last.to(dtype))
     y = (y * H + 0.5).floor().clamp(min=0).minimum((H - 1).to(dtype))
     xi, yi = x.detach().long(), y.detach().long()
     inside = finite & (xi >= 0) & (xi < W) & (yi >= 0)
-    attn = torch.where(inside, attention_weights.to(dtype), 0)
+    attn = attention_weights.to(dtype).masked_fill(~inside, 0)
     if sampling_locations.requires_grad:
         attn = attn + (x - x.detach())  # zero, and so is floor's gradient: the locations get one, of zeros
-    pixel = _pixels(value, torch.where(inside, start + yi * W + xi, 0), dtype)
-    pixel = torch.where(inside.unsqueeze(-1), pixel, 0)
+    pixel = _pixels(value, start + yi * W + xi, inside, dtype)
     return (attn.unsqueeze(-1) * pixel).sum(3).flatten(2).to(value.dtype)
 
 
@@ -124,18 +122,19 @@ def _level_of_each_point(
     starts = areas.cumsum(0) - areas if level_start_index is None else level_start_index.long()
     # a product of sizes beyond S may have overflowed
     fits = ((shapes > 0) & (shapes <= S)).all(1) & (starts >= 0) & (starts + areas <= S)
-    H, W, start = (torch.where(fits, x, -1)[level] for x in (*shapes.unbind(1), starts))
+    H, W, start = (x.masked_fill(~fits, -1)[level] for x in (*shapes.unbind(1), starts))
     return H, W, start
 
 
-def _pixels(value: Tensor, token: Tensor, dtype: torch.dtype) -> Tensor:
-    """Channels [B, Q, M, K, D] of the tokens [B, Q, M, K] of each image and head."""
+def _pixels(value: Tensor, token: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """Channels [B, Q, M, K, D] of the tokens [B, Q, M, K] of each image and head; zeros where not inside."""
     B, S, M, D = value.shape
     if not S:
         return value.to(dtype).sum().expand(*token.shape, D)  # zeros; value gets a gradient all the same
     b = torch.arange(B, device=value.device).view(B, 1, 1, 1)
     m = torch.arange(M, device=value.device).view(1, 1, M, 1)
-    return value.to(dtype)[b, token, m]  # converted first, so that the gradients of a pixel are added up in dtype
+    # converted first, so that the gradients of a pixel are added up in dtype
+    return value.to(dtype)[b, token.masked_fill(~inside, 0), m].masked_fill(~inside.unsqueeze(-1), 0)
 
 
 def locations_and_weights(
@@ -164,8 +163,8 @@ def locations_and_weights(
     if not _known_to_be_finite(locations):
         # such a sample is not taken, and its zero gradient must not meet what is not finite here: 0 * inf is NaN
         finite = locations.isfinite().all(-1, keepdim=True)
-        points, offsets = torch.where(finite, points, 0), torch.where(finite, offsets, 0)
-        locations = torch.where(finite, _locate(points, offsets, parts), math.nan)
+        points = points.expand(*offsets.shape[:-1], -1).masked_fill(~finite, 0)
+        locations = _locate(points, offsets.masked_fill(~finite, 0), parts).masked_fill(~finite, math.nan)
     return locations, logits.to(dtype).softmax(-1)
 
 

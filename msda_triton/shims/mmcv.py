@@ -166,9 +166,16 @@ def attend(
     """The attention of mmcv's, detrex's and groundingdino's modules, in query's layout, before dropout and residual."""
     value = query if value is None else value
     query = query if query_pos is None else query + query_pos
+    C = module.sampling_offsets.in_features
+    layout = "[B, N, C]" if module.batch_first else "[N, B, C]"
+    for name, x in (("query", query), ("value", value)):
+        if x.dim() != 3 or x.shape[2] != C:
+            raise ValueError(f"{name}: expected {layout} with C = {C}, got shape {tuple(x.shape)}")
     if not module.batch_first:
         query, value = query.transpose(0, 1), value.transpose(0, 1)
     B, Q, _ = query.shape
+    if value.shape[0] != B:
+        raise ValueError(f"value: expected B = {B} as query, in {layout}, got {value.shape[0]}")
     M, L, P = module.num_heads, module.num_levels, module.num_points
     out = ms_deform_attn_fused(
         module.value_proj(value).view(B, value.shape[1], M, -1),
