@@ -1,8 +1,8 @@
-# make demo | test | bench | lint: each makes .venv on first use. PYTHON chooses the interpreter (3.10 or newer).
+# make demo | test | test-all | bench | lint: each makes .venv on first use. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-all bench lint clean
 .DELETE_ON_ERROR:
 
 .venv/installed: pyproject.toml constraints.txt
@@ -17,6 +17,12 @@ demo: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# what takes too long for every change: every kernel for every target, and many random calls
+test-all: test
+	TRITON_INTERPRET=0 $(BIN)/python -m benchmarks.compile_table
+	$(BIN)/python -m tests.fuzz --backend torch --calls 10000
+	$(BIN)/python -m tests.fuzz --backend triton --calls 1500
 
 lint: .venv/installed
 	$(BIN)/ruff check .

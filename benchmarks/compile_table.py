@@ -1,7 +1,8 @@
 """Compile every kernel for every target, without a GPU, and count what the compiler made of it.
 
-    python -m benchmarks.compile_table                           # the whole table, minutes on two cores
-    python -m benchmarks.compile_table --quick --target sm_90    # default configurations only
+    python -m benchmarks.compile_table                     # every kernel for every target; fails if one spills
+    python -m benchmarks.compile_table --quick --csv benchmarks/results/compile_table.csv    # what is committed
+    python -m benchmarks.compile_table --quick --target sm_90
 
 One CSV row per kernel, variant, dtype, channels, configuration and target:
     registers             per thread (on AMD: VGPRs)
@@ -75,20 +76,19 @@ class Case:
 
 
 def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Case]:
-    """What the table holds; `quick` leaves the default configurations of the most used kernels.
+    """What the table holds: for each target every kind of kernel in its default configuration, the main kinds in all.
 
-    Budget targets have every kind of kernel in its default configuration, and the main kinds in all of them; other
-    targets have the main kinds in their default configuration.
+    `quick` leaves the default configurations of the most used kernels, on the budget targets.
     """
     for kernel, configs in tuning.CONFIGS.items():
         for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
             if targets is not None and target not in targets:
                 continue
-            kinds = _kinds(kernel) if target in BUDGET_TARGETS else MAIN
+            kinds = _kinds(kernel)
             if quick:
                 kinds = MAIN if target == "sm_90" else MAIN[::2]  # plain bf16 and fp32
             for kind in kinds:
-                tried = configs if target in BUDGET_TARGETS and kind in MAIN and not quick else []
+                tried = configs if kind in MAIN and not quick else []
                 default = default_config(kernel, *kind, target)
                 for config in [*tried, *([] if default in tried else [default])]:
                     yield Case(kernel, *kind, config_name(config), config.num_warps, target)
@@ -337,9 +337,9 @@ def _join(kinds) -> str:
     return " ".join(str(kind) for kind in sorted(set(kinds)))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, default=CSV, help="where to write the table (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="where to write the table (default: nowhere)")
     parser.add_argument("--target", nargs="+", choices=BUDGET_TARGETS + OTHER_TARGETS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="default configurations of the most used kernels only")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
@@ -354,12 +354,23 @@ def main() -> None:
         for row in pool.imap(measure, todo):
             rows.append(row)
             print(f"[{len(rows)}/{len(todo)}]", *row.values(), flush=True)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    found = spilled(rows)
+    for row in found:
+        print("spills:", *row.values())
+    print(f"{len(rows)} kernels, {len({row['target'] for row in rows})} targets: {len(found)} spill")
+    return min(len(found), 1)
+
+
+def spilled(rows: list[dict]) -> list[dict]:
+    """Those that keep something in local memory."""
+    return [row for row in rows if int(row["stack_bytes"]) or int(row["spills"])]
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -22,6 +22,14 @@ def pytest_report_header() -> list[str]:
     return [f"left out, for want of transformers: {name}" for name in collect_ignore]
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    """Without a GPU the tests marked `gpu` are left out."""
+    if not torch.cuda.is_available():
+        out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

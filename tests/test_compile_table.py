@@ -19,9 +19,12 @@ from benchmarks.compile_table import (
     VARIANTS,
     Case,
     cases,
+    config_name,
     issued_instructions,
     parse_sass,
+    spilled,
 )
+from msda_triton import tuning
 
 ROOT = Path(__file__).parents[1]
 KEYS = [field.name for field in fields(Case)]
@@ -72,8 +75,7 @@ def test_quick_compiles_every_default(quick):
 @pytest.mark.parametrize("target", BUDGET_TARGETS)
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_no_spill(kernel, target, quick):
-    rows = [row for row in quick.values() if (row["kernel"], row["target"]) == (kernel, target)]
-    assert [row for row in rows if (row["stack_bytes"], row["spills"]) != ("0", "0")] == []
+    assert spilled(select(quick, kernel=kernel, target=target)) == []
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -104,23 +106,30 @@ def select(rows: dict[tuple, dict], **wanted: str) -> list[dict]:
     return [row for row in rows.values() if row.items() >= wanted.items()]
 
 
-def test_committed_table_is_complete():
-    assert set(read(CSV)) == {tuple(str(x) for x in asdict(case).values()) for case in cases()}
-
-
 def test_committed_table_is_current(quick):
-    """Other numbers than the committed ones: make the table again, `python -m benchmarks.compile_table`."""
+    """Other numbers than the committed ones: `python -m benchmarks.compile_table --quick --csv` with its path."""
     committed = read(CSV)
-    stale = {key: row for key, row in quick.items() if committed.get(key, row)["triton"] == row["triton"]}
-    assert {key: committed.get(key) for key in stale} == stale
+    assert set(committed) == set(quick)
+    stale = {key: row for key, row in quick.items() if committed[key]["triton"] == row["triton"]}
+    assert {key: committed[key] for key in stale} == stale
 
 
-def test_nothing_in_the_committed_table_spills():
-    """In no kind of kernel, on no target, in none of the configurations."""
-    rows = read(CSV).values()
-    assert {row["variant"] for row in rows} == {variant for kinds in VARIANTS.values() for variant in kinds}
-    assert {row["target"] for row in rows} == set(BUDGET_TARGETS + OTHER_TARGETS)
-    assert [row for row in rows if (row["stack_bytes"], row["spills"]) != ("0", "0")] == []
+def test_the_whole_table_has_every_plan_and_variant_on_every_target():
+    """`make test-all` compiles it, and fails if anything in it spills."""
+    found = [(case.kernel, case.variant, case.target) for case in cases()]
+    kinds = {(kernel, variant) for kernel, variants in VARIANTS.items() for variant in variants}
+    targets = BUDGET_TARGETS + OTHER_TARGETS
+    assert len(targets) == 10
+    assert set(found) == {(*kind, target) for kind in kinds for target in targets}
+    plans = {(case.kernel, case.config, case.warps) for case in cases()}
+    tabled = [(kernel, config) for (kernel, _), row in tuning.TABLE.items() for config in row.values()]
+    tried = [(kernel, config) for kernel, configs in tuning.CONFIGS.items() for config in configs]
+    assert plans >= {(kernel, config_name(config), config.num_warps) for kernel, config in tabled + tried}
+
+
+def test_a_spill_is_found():
+    rows = [{"stack_bytes": "0", "spills": "0"}, {"stack_bytes": 8, "spills": 0}, {"stack_bytes": 0, "spills": 2}]
+    assert spilled(rows) == rows[1:]
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

@@ -221,6 +221,41 @@ def test_not_finite(bad, where):
     check(inputs, grad_out=grad_out)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, -3e38])
+def test_strange_locations_cost_nothing(bad, fast):
+    inputs = make_inputs(Q=9, dtype=torch.float32)
+    inputs[3][0, 0, 0, :, 0] = bad
+    inputs[3][1, 2, 1, 1, 1] = bad
+    if abs(bad) < math.inf:
+        inputs[3][1, 3, 1, 1, 1] = bad  # that their sum is infinite
+    check(inputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_sum_of_small_numbers_in_half_precision_is_finite(fast):
+    inputs = make_inputs(Q=300, M=2, levels=[(9, 9)], points=(2,), dtype=torch.float16)
+    grad_out = torch.full((2, 300, 16), 1000.0, dtype=torch.float16)
+    assert not inputs[3].sum().isinf() and grad_out.sum().isinf()
+    want = expected(inputs, grad_out)[1]
+    torch.testing.assert_close(computed(inputs, grad_out)[1].double(), want, rtol=1e-3, atol=1)
+
+
+@pytest.mark.parametrize("where", [None, "value", "weights", "grad_out"])
+def test_levels_without_pixels(where):
+    """Their points take part in nothing, whatever their weights are."""
+    inputs = make_inputs(levels=[(0, 3), (7, 5), (4, 0), (3, 6)], points=(2, 3, 1, 2))
+    grad_out = grad_like(inputs)
+    inputs[4][..., 0] = math.nan
+    inputs[4][..., 5] = math.inf
+    if where == "grad_out":
+        grad_out[0, 0, 0] = math.inf
+    elif where:
+        inputs[0 if where == "value" else 4][0, 0, 0, 3] = math.nan
+    check(inputs, grad_out=grad_out)
+    _, _, locations, weights = computed(inputs, grad_out)
+    for grad in (locations, weights):
+        assert not grad[:, :, :, [0, 1, 5]].any()
+
+
 def test_a_value_next_to_the_map_is_not_read():
     # level 0 ends where level 1 begins: NaN in level 1 must not reach samples of level 0 at its last row
     inputs = make_inputs(levels=[(3, 3), (2, 2)], B=1, Q=1, M=1, points=(1, 1))

@@ -1,10 +1,12 @@
 """Every error message, and the choice of a backend."""
 
+import numpy as np
 import pytest
 import torch
 from attention import make_inputs, oracle, oracle_gradients, reference
 
-from msda_triton import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_fused
+from msda_triton import MSDeformAttn, MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_fused, set_autotune
+from msda_triton.functional import ms_deform_attn_backward
 
 SHAPES = [(3, 4), (2, 2)]
 DTYPES = "expected float16, bfloat16, float32 or float64, got torch"
@@ -70,6 +72,33 @@ BAD = [
     (ValueError, "num_points: expected at least one point", {"num_points": []}),
     (ValueError, "num_points: expected at least one point", {"num_points": [4, 0]}),
     (ValueError, "sampling_locations: expected 5 dimensions", {"num_points": [2, 2]}),
+    (TypeError, "num_points: expected the number of points of each level, as integers, got 4", {"num_points": 4}),
+    (TypeError, "num_points: expected the number .*, got '22'", {"num_points": "22"}),
+    (TypeError, r"num_points: expected the number .*, got \[2.0, 2\]", {"num_points": [2.0, 2]}),
+    (TypeError, "num_points: expected the number .*, got {2: 2}", {"num_points": {2: 2}}),
+    (TypeError, "spatial_shapes: expected an integer tensor .L, 2. or a pair .* got 24", {"spatial_shapes": 24}),
+    (TypeError, "spatial_shapes: expected an integer tensor .* got None", {"spatial_shapes": None}),
+    (TypeError, "spatial_shapes: expected an integer tensor .* got '22'", {"spatial_shapes": "22"}),
+    (TypeError, "spatial_shapes: expected an integer tensor .* got 3", {"spatial_shapes": [3, 4, 2, 2]}),
+    (TypeError, "spatial_shapes: expected an integer tensor .* got {", {"spatial_shapes": {(3, 4): 0, (2, 2): 0}}),
+    (TypeError, "spatial_shapes: expected integers, got .*True", {"spatial_shapes": [(True, 12), (2, 2)]}),
+    (TypeError, "spatial_shapes: expected integers, got ", {"spatial_shapes": [([3], 4), (2, 2)]}),
+    (TypeError, "spatial_shapes: expected integers, got array", {"spatial_shapes": np.array(SHAPES, dtype=float)}),
+    (ValueError, "spatial_shapes: .* below 2.31, got .*9223372036854775808", {"spatial_shapes": [(2**63, 0), (4, 4)]}),
+    (ValueError, "spatial_shapes: .* below 2.31", {"spatial_shapes": [(2**63, 1), (2, 2)]}),
+    (ValueError, "spatial_shapes: expected a dense tensor", {"spatial_shapes": torch.tensor(SHAPES).to_sparse()}),
+    (TypeError, "level_start_index: expected 2 integers, got 0", {"level_start_index": 0}),
+    (TypeError, "level_start_index: expected 2 integers, got '00'", {"level_start_index": "00"}),
+    (TypeError, "level_start_index: expected integers, got .*True", {"level_start_index": [0, True]}),
+    (ValueError, "level_start_index: expected levels inside", {"level_start_index": [0, 2**63]}),
+    (ValueError, "value: expected a dense tensor, got torch.sparse_coo", {"value": lambda v: v.detach().to_sparse()}),
+    (ValueError, "value: .* got a nested one", {"value": lambda v: torch.nested.nested_tensor(list(v.detach()))}),
+    (TypeError, f"value: {DTYPES}.float8_e4m3fn", {"value": lambda v: v.to(torch.float8_e4m3fn)}),
+    (TypeError, f"value: {DTYPES}.complex64", {"value": lambda v: v.to(torch.complex64)}),
+    (TypeError, f"sampling_locations: {DTYPES}.float8_e5m2", {"sampling_locations": lambda x: x.to(torch.float8_e5m2)}),
+    (TypeError, f"attention_weights: {DTYPES}.float8_e5m2", {"attention_weights": lambda x: x.to(torch.float8_e5m2)}),
+    (ValueError, "backend: expected one of .*None", {"backend": None}),
+    (ValueError, "method: expected one of .*None", {"method": None}),
 ]
 
 
@@ -92,7 +121,69 @@ BAD_FUSED = [
     (ValueError, r"value_mask: expected shape \(2, 16\)", {"value_mask": torch.ones(2, 15).bool()}),
     (ValueError, "sampling_offsets: expected 6 dimensions", {"sampling_offsets": lambda x: x.flatten(3, 4)}),
     (ValueError, "attention_logits: expected shape", {"attention_logits": lambda x: x[..., :1]}),
+    (TypeError, "value_mask: expected a tensor, got list", {"value_mask": [[False] * 16] * 2}),
+    (TypeError, "value_mask: expected a tensor, got ndarray", {"value_mask": np.zeros((2, 16), dtype=bool)}),
+    (ValueError, "value_mask: expected a dense", {"value_mask": torch.zeros(2, 16, dtype=torch.bool).to_sparse()}),
+    (TypeError, f"reference_points: {DTYPES}.float8", {"reference_points": lambda x: x.to(torch.float8_e5m2)}),
 ]
+
+
+BAD_MODULE = [
+    (ValueError, "n_heads: expected at least 1, got 0", {"n_heads": 0}),
+    (ValueError, "n_levels: expected at least 1, got -1", {"n_levels": -1}),
+    (ValueError, "n_points: expected at least 1, got 0", {"n_points": 0}),
+    (TypeError, "d_model: expected an integer, got 16.0", {"d_model": 16.0}),
+    (TypeError, "n_heads: expected an integer, got True", {"n_heads": True}),
+    (ValueError, "backend: expected one of .*'cuda'", {"backend": "cuda"}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), BAD_MODULE, ids=[message for _, message, _ in BAD_MODULE])
+def test_bad_arguments_of_the_module(error, message, arguments):
+    with pytest.raises(error, match=message):
+        MSDeformAttn(**arguments)
+
+
+BAD_FORWARD = [
+    (ValueError, r"query: expected shape \(B, Q, 8\), got \(3, 8\)", {"query": torch.rand(3, 8)}),
+    (ValueError, r"query: expected shape \(B, Q, 8\), got \(2, 3, 4\)", {"query": torch.rand(2, 3, 4)}),
+    (TypeError, "query: expected a tensor, got NoneType", {"query": None}),
+    (ValueError, r"input_flatten: expected shape \(2, S, 8\), got \(1, 16", {"input_flatten": torch.rand(1, 16, 8)}),
+    (ValueError, r"input_flatten: expected shape \(2, S, 8\), got \(2, 16, 4", {"input_flatten": torch.rand(2, 16, 4)}),
+    (ValueError, "reference_points: expected shape", {"reference_points": torch.rand(1, 3, 2, 2)}),
+    (TypeError, "spatial_shapes: expected an integer tensor", {"input_spatial_shapes": None}),
+    (TypeError, "level_start_index: expected 2 integers, got 0", {"input_level_start_index": 0}),
+    (TypeError, "input_padding_mask: expected a tensor, got list", {"input_padding_mask": [[False] * 16] * 2}),
+    (ValueError, "input_padding_mask: expected shape", {"input_padding_mask": torch.zeros(2, 15).bool()}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "changes"), BAD_FORWARD, ids=[message for _, message, _ in BAD_FORWARD])
+def test_bad_input_of_the_module(error, message, changes):
+    inputs = {"query": torch.rand(2, 3, 8), "reference_points": torch.rand(2, 3, 2, 2)}
+    inputs |= {"input_flatten": torch.rand(2, 16, 8), "input_spatial_shapes": SHAPES}
+    with pytest.raises(error, match=message):
+        MSDeformAttn(8, 2, 2, 2)(**inputs | changes)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "grad_out"),
+    [
+        (TypeError, "grad_out: expected a tensor, got list", [1.0]),
+        (TypeError, f"grad_out: {DTYPES}.int64", torch.ones(2, 3, 8).long()),
+        (ValueError, "grad_out: expected shape", torch.ones(2, 3, 7)),
+    ],
+)
+def test_bad_grad_out(error, message, grad_out):
+    value, locations, weights = make_inputs(SHAPES, B=2, Q=3, M=2, D=4, P=2)
+    with pytest.raises(error, match=message):
+        ms_deform_attn_backward(grad_out, value, SHAPES, locations, weights)
+
+
+@pytest.mark.parametrize("enabled", ["yes", 1, None])
+def test_autotune_is_on_or_off(enabled):
+    with pytest.raises(TypeError, match="enabled: expected True or False, got "):
+        set_autotune(enabled)
 
 
 @pytest.mark.parametrize(("error", "message", "changes"), BAD_FUSED, ids=[message for _, message, _ in BAD_FUSED])
@@ -103,7 +194,11 @@ def test_bad_fused_input(error, message, changes):
 
 @pytest.mark.parametrize(
     "shapes",
-    [SHAPES, tuple(SHAPES), [list(row) for row in SHAPES], torch.tensor(SHAPES), torch.tensor(SHAPES).int()],
+    [
+        *(SHAPES, tuple(SHAPES), [list(row) for row in SHAPES], [torch.Size(s) for s in SHAPES]),
+        *(np.array(SHAPES), [(np.int64(3), 4), (2, np.int32(2))]),
+        *(torch.tensor(SHAPES, dtype=getattr(torch, name)) for name in ("int64", "int32", "int16", "uint8")),
+    ],
 )
 def test_forms_of_spatial_shapes(shapes):
     torch.testing.assert_close(call(spatial_shapes=shapes), call())
@@ -176,3 +271,41 @@ def test_points_per_level_and_methods_agree_with_the_reference(backend, num_poin
     want_grads = torch.autograd.grad(want.square().sum(), inputs, allow_unused=True)
     for got, expected in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(got, torch.zeros_like(got) if expected is None else expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("method", ["default", "discrete"])
+def test_areas_that_the_sizes_dtype_does_not_hold(method, dtype):
+    """20 x 20 pixels are more than a uint8 counts to, and 200 x 200 more than an int16."""
+    shapes = [(200, 200) if dtype == torch.int16 else (20, 20), (1, 2)]
+    inputs = make_inputs(shapes, B=1, Q=4, M=1, D=2, dtype=torch.float64)
+    grads = []
+    for sizes in (torch.tensor(shapes, dtype=dtype), shapes):
+        out = ms_deform_attn(inputs[0], sizes, *inputs[1:], method=method)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        grads.append((out, *first, *torch.autograd.grad(sum(x.square().sum() for x in first), inputs)))
+    for x, y in zip(*grads, strict=True):
+        assert x.abs().max() > 0 or method == "discrete"
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "inductor"])
+@pytest.mark.parametrize("method", ["discrete", "discrete_h"])
+def test_discrete_is_one_formula_with_derivatives_of_every_order(method, backend):
+    shapes = [(3, 5), (4, 2)]
+    inputs = make_inputs(shapes, B=1, Q=3, M=2, D=3, dtype=torch.float64)
+    function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, method=method, backend=backend)  # noqa: E731
+    assert torch.equal(function(*inputs), ms_deform_attn(inputs[0], shapes, *inputs[1:], method=method))
+    weighed = lambda v, a: function(v, inputs[1].detach(), a)  # noqa: E731
+    assert torch.autograd.gradcheck(weighed, (inputs[0], inputs[2]))
+    assert torch.autograd.gradgradcheck(weighed, (inputs[0], inputs[2]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_discrete_where_only_the_locations_ask_for_a_gradient(backend):
+    value, locations, weights = make_inputs(SHAPES, B=2, Q=3, M=2, D=4, P=2)
+    with torch.no_grad():
+        locations[0, 0, 0, 0, 0], locations[0, 1, 0, 0, 0] = float("nan"), 3e38
+    out = ms_deform_attn(value.detach(), SHAPES, locations, weights.detach(), method="discrete", backend=backend)
+    out.backward(torch.full_like(out, float("inf")))
+    assert torch.equal(locations.grad, torch.zeros_like(locations))

@@ -143,3 +143,88 @@ def test_module_under_autocast(dtype):
     torch.testing.assert_close(got.float(), exact, rtol=0.03, atol=0.03)
     got.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+def check_finite_rule(backend, change, dim, shapes=SHAPES):
+    """All gradients are those of the oracle with the samples that are not taken left out."""
+    value, points, offsets, logits = make_inputs(dim, 3, P=2, D=8, dtype=torch.float64, device="cpu", B=1)
+    with torch.no_grad():
+        taken = change(points, offsets, logits)  # [B, Q, M, L, P]
+    inputs = [value[:, : sum(h * w for h, w in shapes)].detach(), points, offsets, logits]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = ms_deform_attn_fused(inputs[0], shapes, *inputs[1:], backend=backend)
+    grad_out = torch.randn_like(out)
+    got = [out, *torch.autograd.grad(out, inputs, grad_out)]
+
+    clean = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        clean[1][~clean[1].isfinite()] = 0.5
+        clean[2][~clean[2].isfinite()] = 0.5
+    weights = clean[3].flatten(3).softmax(-1).view_as(logits)
+    weights = torch.where(taken, weights, 0)
+    sizes = torch.tensor([(max(w, 1), max(h, 1)) for h, w in shapes], dtype=torch.float64)
+    middle = clean[1][:, :, None, :, None]
+    if dim == 2:
+        locations = middle + clean[2] / sizes[:, None]
+    else:
+        locations = middle[..., :2] + clean[2] / 2 * middle[..., 2:] * 0.5
+    locations = torch.where(taken[..., None], locations, -9.0)
+    present = [l for l, (h, w) in enumerate(shapes) if h * w]
+    want = oracle(clean[0], [shapes[l] for l in present], locations[:, :, :, present], weights[:, :, :, present])
+    want = [want, *torch.autograd.grad(want, clean, grad_out, materialize_grads=True, allow_unused=True)]
+    for name, x, y in zip(NAMES, got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11, msg=f"{{}} ({name})".format)
+
+
+def all_but(offsets, *index):
+    taken = torch.ones(offsets.shape[:-1], dtype=torch.bool)
+    for i in index:
+        taken[i] = False
+    return taken
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dim", [2, 4])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_sample_without_a_place_has_no_gradient(bad, dim, backend):
+    def change(points, offsets, logits):
+        offsets[0, 1, 1, 0, 1, 0] = bad
+        points[0, 2, 1, 1] = bad
+        return all_but(offsets, (0, 1, 1, 0, 1), (0, 2, slice(None), 1))
+
+    check_finite_rule(backend, change, dim)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_box_whose_side_is_infinite(bad, backend):
+    def change(points, offsets, logits):
+        points[0, 3, 2, 3] = bad
+        offsets[0, 3, 0, 2, 0, 1] = 0.0  # 0 * inf
+        return all_but(offsets, (0, 3, slice(None), 2))
+
+    check_finite_rule(backend, change, 4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dim", [2, 4])
+@pytest.mark.parametrize("empty", [(0, 3), (3, 0), (0, 0)])
+def test_a_level_of_no_pixels(empty, dim, backend):
+    def change(points, offsets, logits):
+        return all_but(offsets, (slice(None), slice(None), slice(None), 1))
+
+    check_finite_rule(backend, change, dim, shapes=[(5, 7), empty, (1, 2)])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("double", range(4))
+def test_one_float64_input_makes_all_computation_float64(double, backend):
+    inputs = make_inputs(4, 1, P=2, D=8, dtype=torch.float32, device="cpu", B=1)
+    inputs[double] = inputs[double].detach().double().requires_grad_()
+    grad_out = torch.randn(1, 21, 16, dtype=inputs[0].dtype)
+    got = gradients(lambda v, r, o, a: ms_deform_attn_fused(v, SHAPES, r, o, a, backend=backend), inputs, grad_out)
+    exact = oracle_gradients(lambda v, r, o, a: written_out(v, r, o, a, None, oracle), inputs, grad_out)
+    for name, x, y in zip(NAMES, got, exact, strict=True):
+        # results in float32 are rounded once, from float64
+        tolerance = 1e-12 if x.dtype == torch.float64 else 2.0**-24
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=1e-12, msg=f"{{}} ({name})".format)

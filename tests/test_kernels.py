@@ -310,3 +310,60 @@ def test_deterministic_backward_passes_nan_on(device):
         torch.use_deterministic_algorithms(False)
     assert grad_value[:, :, 0].isnan().all()
     assert grad_value[:, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_sample_off_the_map_has_no_gradient_where_that_of_its_row_is_not_finite(backend, bad, device):
+    if backend == "torch":
+        device = "cpu"
+    inputs = make_inputs(SHAPES[:2], B=1, Q=4, M=2, D=8, device=device, span=0.8)
+    grad_out = torch.randn(1, 4, 16, device=device)
+    grad_out[0, 2, 3] = bad
+    with torch.no_grad():
+        inputs[1][0, 2, 0, 1, 0] = 3.0
+    _, _, locations, weights = gradients(
+        lambda v, x, a: ms_deform_attn(v, SHAPES[:2], x, a, backend=backend), inputs, grad_out
+    )
+    assert not locations[0, 2, 0, 1, 0].any() and not weights[0, 2, 0, 1, 0].any()
+    finite = torch.ones(4, 2, dtype=torch.bool, device=device)
+    finite[2, 0] = False
+    assert torch.equal(locations[0].isfinite().all((-1, -2, -3)), finite)
+    assert torch.equal(weights[0].isfinite().all((-1, -2)), finite)
+
+
+@pytest.mark.parametrize("bad", [1e30, float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["off the map", "in a level without pixels"])
+def test_deterministic_gradients_keep_their_precision_beside_a_weight_that_does_not_count(where, bad, device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        shapes = [(2, 3), (0, 4)] if where == "in a level without pixels" else [(2, 3), (1, 2)]
+        value, locations, weights = make_inputs(shapes, B=1, Q=6, M=2, D=8, device=device)
+        grad_out = torch.randn(1, 6, 16, device=device)
+        with torch.no_grad():
+            weights[0, 3, 0, 1, 0] = bad
+            if where == "off the map":
+                locations[0, 3, 0, 1, 0] = 3.0
+            grad_out[0, 4] = bad  # of a query all of whose samples are off the map
+            locations[0, 4] = -2.0
+        function = lambda v: ms_deform_attn(v, shapes, locations, weights, backend="triton")  # noqa: E731
+        (got,) = torch.autograd.grad(function(value), value, grad_out)
+        with torch.no_grad():
+            weights[0, 3, 0, 1, 0] = grad_out[0, 4] = 0
+        present = [0] if where == "in a level without pixels" else [0, 1]
+        used = locations[:, :, :, present].detach(), weights[:, :, :, present].detach()
+        _, want = oracle_gradients(lambda v: oracle(v, [shapes[l] for l in present], *used), [value], grad_out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("B, Q", [(0, 3), (2, 0)])
+def test_deterministic_and_empty(B, Q, device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        inputs = make_inputs([(3, 4)], B=B, Q=Q, device=device)
+        function = lambda v, x, a: ms_deform_attn(v, [(3, 4)], x, a, backend="triton")  # noqa: E731
+        assert not any(grad.any() for grad in gradients(function, inputs, torch.ones(B, Q, 16, device=device))[1:])
+    finally:
+        torch.use_deterministic_algorithms(False)
