@@ -33,7 +33,7 @@ _FEW_QUERIES = FORWARD_CONFIGS[5]
 BACKWARD_CONFIGS = [
     _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2),
     _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=0", warps=2),
-    _config("TILE=1024 LANE_D=8 UNROLL=2 TILE_W=8", warps=4),
+    _config("TILE=1024 LANE_D=8 UNROLL=2 TILE_W=8", warps=4, registers=255),
     _config("TILE=256 LANE_D=8 UNROLL=1 TILE_W=4", warps=1, registers=255),
 ]
 CONFIGS = {"forward": FORWARD_CONFIGS, "backward": BACKWARD_CONFIGS}
@@ -47,20 +47,28 @@ INTERPRETED_CONFIGS = {
 # 32 channels per head. ptxas spills a few of their registers to fit more programs, unless less is done at once or a
 # thread may use all that it can have.
 _FORWARD_LARGE = _config("TILE=1024 LANE_D=16 UNROLL=2 TILE_W=8 SPLIT=1", warps=2)
+_FORWARD_ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=2 TILE_W=8 SPLIT=1", warps=2, registers=255)
 _FORWARD_96 = _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=2, registers=96)
 _BACKWARD_LARGE = _config("TILE=1024 LANE_D=8 UNROLL=1 TILE_W=8", warps=4)
 _ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=1 TILE_W=8", warps=2, registers=255)
 
 # Which configuration runs where nothing is timed: by direction and class of the call, then by architecture ("sm_90"),
 # vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the fewest instructions per row without
-# a spill (benchmarks/results/compile_table.csv), and four times the programs where there are few rows.
+# a spill (`python -m benchmarks.compile_table`), and four times the programs where there are few rows.
 # `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
 TABLE = {
-    ("forward", "many"): {"": FORWARD_CONFIGS[0], "sm_86": _FORWARD_96, "gfx1100": _FORWARD_LARGE},
-    ("forward", "wide"): {"": FORWARD_CONFIGS[0], "sm_90": _FORWARD_96},
+    ("forward", "many"): {
+        "": FORWARD_CONFIGS[0],
+        **dict.fromkeys(("sm_75", "sm_86"), _FORWARD_96),
+        "gfx1100": _FORWARD_LARGE,
+    },
+    ("forward", "wide"): {"": FORWARD_CONFIGS[0], **dict.fromkeys(("sm_86", "sm_89", "sm_90"), _FORWARD_96)},
     ("forward", "few"): {"": _FEW_QUERIES},
-    ("forward", "large"): {"": _FORWARD_LARGE},
-    ("backward", "many"): {"": BACKWARD_CONFIGS[0]},
+    ("forward", "large"): {
+        "": _FORWARD_LARGE,
+        **dict.fromkeys(("sm_86", "sm_89", "sm_120"), _FORWARD_ALL_REGISTERS),
+    },
+    ("backward", "many"): {"": BACKWARD_CONFIGS[0], "sm_75": _ALL_REGISTERS},
     ("backward", "few"): {"": BACKWARD_CONFIGS[0]},
     ("backward", "large"): {"": _BACKWARD_LARGE, "sm": _ALL_REGISTERS},
 }
