@@ -45,7 +45,7 @@ INTERPRETED_CONFIGS = {
 
 # For the large kernels: fused, with points per level that differ, or in float64; 96 registers where value has more than
 # 32 channels per head. ptxas spills a few of their registers to fit more programs, unless less is done at once or a
-# thread may use all that it can have.
+# thread may use all that it can have; on small or older architectures also those of others.
 _FORWARD_LARGE = _config("TILE=1024 LANE_D=16 UNROLL=2 TILE_W=8 SPLIT=1", warps=2)
 _FORWARD_ALL_REGISTERS = _config("TILE=1024 LANE_D=16 UNROLL=2 TILE_W=8 SPLIT=1", warps=2, registers=255)
 _FORWARD_96 = _config("TILE=1024 LANE_D=16 UNROLL=4 TILE_W=8 SPLIT=1", warps=2, registers=96)
@@ -69,7 +69,7 @@ TABLE = {
         **dict.fromkeys(("sm_86", "sm_89", "sm_120"), _FORWARD_ALL_REGISTERS),
     },
     ("backward", "many"): {"": BACKWARD_CONFIGS[0], "sm_75": _ALL_REGISTERS},
-    ("backward", "few"): {"": BACKWARD_CONFIGS[0]},
+    ("backward", "few"): {"": BACKWARD_CONFIGS[0], "sm_75": _ALL_REGISTERS},
     ("backward", "large"): {"": _BACKWARD_LARGE, "sm": _ALL_REGISTERS},
 }
 # rows (b, q, m): with fewer, programs of 32 rows leave a large GPU half empty
