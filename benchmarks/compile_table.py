@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.workloads import WORKLOADS
-from msda_triton import backward, bilinear, forward, tuning
+from msda_triton import backward, bilinear, fixed_point, forward, tuning
 
 CSV = Path(__file__).parent / "results" / "compile_table.csv"
 CUDA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -58,7 +58,9 @@ MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("b
 VARIANTS = {
     "forward": ["plain", "point", "box", "box_mask", "list"],
     "backward": ["plain", "point", "box", "box_mask", "frozen", "deterministic", "list"],
+    "bound": ["plain", "point", "box", "box_mask", "list"],  # what a deterministic backward runs first
 }
+BOUND_CONFIG = f"BLOCK_Q={fixed_point.ROWS}"
 ENCODER = WORKLOADS["encoder"]
 
 
@@ -81,6 +83,10 @@ def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Cas
     On budget targets the main kinds are there in every configuration. `quick` leaves what runs
     at the encoder's sizes of the most used kernels on these targets.
     """
+    for target in [] if quick else BUDGET_TARGETS + OTHER_TARGETS:
+        if targets is None or target in targets:
+            for kind in _kinds("bound"):
+                yield Case("bound", *kind, BOUND_CONFIG, 4, target)
     for kernel, configs in tuning.CONFIGS.items():
         for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
             if targets is not None and target not in targets:
@@ -137,19 +143,23 @@ def launch_arguments(kernel: str, variant: str, dtype: str, channels: int) -> di
             [n for size in ENCODER.levels for n in size],
         )
         grad_out = torch.empty(B, Q, M * channels, dtype=storage)
-    with mock.patch.object(forward if kernel == "forward" else backward, "launch") as launch:
+    with (
+        mock.patch.object(forward if kernel == "forward" else backward, "launch") as launch,
+        mock.patch.object(fixed_point, "launch_bound") as launch_bound,
+    ):
         if kernel == "forward":
             forward.launch_forward(*inputs)
         else:
-            torch.use_deterministic_algorithms(variant == "deterministic")
+            torch.use_deterministic_algorithms(variant == "deterministic" or kernel == "bound")
             backward.launch_backward(grad_out, *inputs, [variant != "frozen", True, True, fused])
             torch.use_deterministic_algorithms(False)
-    return launch.call_args.args[-1]
+    return (launch_bound if kernel == "bound" else launch).call_args.args[-1]
 
 
 def compile_case(case: Case) -> CompiledKernel:
     """Compile as a launch of `launch_arguments` would, see `triton.JITFunction.run`."""
-    kernel = forward._msda_fwd_kernel if case.kernel == "forward" else backward._msda_bwd_kernel
+    kernels = {"forward": forward._msda_fwd_kernel, "backward": backward._msda_bwd_kernel}
+    kernel = (kernels | {"bound": fixed_point._msda_bound_kernel})[case.kernel]
     numbers = _numbers(case.config)
     options = {"num_warps": case.warps, "num_stages": 1}
     if "maxnreg" in numbers:
@@ -262,6 +272,8 @@ def _loops(code: list) -> set[tuple[int, int]]:
 
 
 def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
+    if case.kernel == "bound":
+        return None  # it reads nothing of value, by which rounds are counted
     block_d = triton.next_power_of_2(case.channels)
     arguments = launch_arguments(case.kernel, case.variant, case.dtype, case.channels)
     tile = block_d * (1 if arguments["VEC"] else 8)
@@ -378,6 +390,8 @@ def spilled(rows: list[dict]) -> list[dict]:
 
 def is_default(row: dict) -> bool:
     """Whether a row's configuration is what runs untimed; the others are what `set_autotune` tries."""
+    if row["kernel"] == "bound":
+        return True
     kind = row["kernel"], row["variant"], row["dtype"], int(row["channels"]), row["target"]
     names = [(config_name(config), config.num_warps) for config in default_configs(*kind)]
     return (row["config"], int(row["warps"])) in names

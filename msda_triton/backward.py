@@ -22,8 +22,8 @@ from msda_triton.bilinear import (
     unmasked,
     widen,
 )
-from msda_triton.launch import MAX_BATCH, batches, grid, kernel_arguments
-from msda_triton.reference import locations_and_weights, near_level
+from msda_triton.fixed_point import fixed_point_scale
+from msda_triton.launch import MAX_BATCH, batches, grid, joined, kernel_arguments
 from msda_triton.tuning import launch
 
 
@@ -248,13 +248,14 @@ def launch_backward(
                 grad_out, value, locations, weights, reference_points, value_mask
             )
         ]
-        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*grads, strict=True))
+        return tuple(None if parts[0] is None else joined(parts) for parts in zip(*grads, strict=True))
     arguments = kernel_arguments(
         value, spatial_shapes, level_start_index, locations, weights, num_points, reference_points, value_mask,
         query_sizes,
     )  # fmt: skip
-    double = arguments["ACC"].name == "fp64"
-    acc = torch.float64 if double else torch.float32
+    if grad_out.dtype == torch.float64:
+        arguments["ACC"] = tl.float64
+    acc = torch.float64 if arguments["ACC"] == tl.float64 else torch.float32
     grad_out = grad_out.contiguous()
 
     grad_value = scale = grad_locations = grad_weights = grad_reference = None
@@ -262,12 +263,7 @@ def launch_backward(
         deterministic = torch.are_deterministic_algorithms_enabled()
         if deterministic:
             arguments["VEC"] = 0  # integers are added one by one
-            if B * Q * M:
-                loc, attn = locations, weights
-                if reference_points is not None:
-                    loc, attn = locations_and_weights(value, spatial_shapes, loc, attn, reference_points, num_points)
-                near = near_level(value, spatial_shapes, level_start_index, loc, num_points)
-                scale = _fixed_point_scale(grad_out, near, attn, acc)
+            scale = fixed_point_scale(arguments, grad_out) if B * Q * M else None
         grad_value = torch.zeros(B, S, M, D, dtype=torch.int64 if deterministic else acc, device=value.device)
     if needs_locations or needs_reference:
         grad_locations = torch.empty(locations.shape, dtype=locations.dtype, device=value.device)
@@ -287,7 +283,7 @@ def launch_backward(
         }
         launch("backward", _msda_bwd_kernel, grid(B, Q, M, query_sizes), B * Q * M, arguments)
     if scale is not None:
-        grad_value = grad_value.to(acc) / scale.to(acc).view(B, 1, M, 1)
+        grad_value = grad_value.to(acc) / scale.view(B, 1, M, 1)
     if needs_value:
         grad_value = grad_value.to(value.dtype)
     if needs_reference:
@@ -296,16 +292,3 @@ def launch_backward(
             grad_reference = grad_reference.sum(2, keepdim=True)
         grad_reference = grad_reference.to(reference_points.dtype)
     return grad_value, grad_locations if needs_locations else None, grad_weights, grad_reference
-
-
-def _fixed_point_scale(grad_out: Tensor, near: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, M] powers of two, such that the terms of one pixel sum to 62 bits at most; NaN for a gradient not finite.
-
-    Only the samples near their level decide: what others hold must not cost these their precision.
-    """
-    B, Q, M, K = weights.shape
-    largest = grad_out.view(B, Q, M, -1).abs().amax(3, keepdim=True).double() * weights.abs()
-    # every sample adds at most this to a pixel, once
-    largest = torch.where(near, largest, 0).amax((1, 3))
-    exponent = 62 - torch.log2(largest * (Q * K)).ceil()
-    return torch.where(largest.isfinite(), torch.exp2(exponent.clamp(-1000, 100)), torch.nan).to(dtype)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msda_triton.constants import untouched
+
 
 class Geometry(NamedTuple):
     """Where levels lie among the tokens, as numbers of the host. Each has pixels, and fits into the tokens."""
@@ -108,7 +110,7 @@ def parts_of(geometry: Geometry, S: int, dense_tokens: int) -> list[Part]:
 
 
 @functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@untouched
 def levels_of(
     geometry: Geometry, bags: tuple[int, int, int], steps: tuple[int, int, int], token_step: int, dtype: torch.dtype
 ) -> Levels:
@@ -178,7 +180,7 @@ def counted_corners(locations: Tensor, levels: Levels) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@untouched
 def _offsets(bags: int, per_bag: int, dtype: torch.dtype) -> Tensor:
     return torch.arange(0, bags * per_bag, per_bag, dtype=dtype, device="cpu")
 

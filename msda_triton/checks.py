@@ -12,6 +12,7 @@ from torch import Tensor
 from msda_triton.constants import constant, traced
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _LIMIT = 2**31  # of a level's height and width
 
 
@@ -72,7 +73,7 @@ def count(name: str, n) -> int:
 def _listed(name: str, x, expected: str) -> list:
     """The entries of a list, tuple, other sequence or NumPy array."""
     if not isinstance(x, (list, tuple)):
-        if hasattr(x, "tolist") and not isinstance(x, Tensor):
+        if hasattr(x, "tolist") and not isinstance(x, (Tensor, type)):
             x = x.tolist()
         if not isinstance(x, Sequence) or isinstance(x, (str, bytes)):
             raise TypeError(f"{name}: expected {expected}, got {x!r}")
@@ -226,7 +227,7 @@ def _size_pairs(x, L: int) -> tuple[tuple[int, int], ...]:
 def _check_integer_tensor(name: str, x: Tensor, shape: tuple[int, ...], value: Tensor, known: bool) -> list | None:
     """The numbers in x, if the host has them: no device is ever waited for."""
     got, dtype, device = facts(name, x)
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+    if dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer dtype, got {dtype}")
     if got != shape:
         raise_shape(name, shape, got)
@@ -257,6 +258,5 @@ _known_levels = functools.lru_cache(maxsize=1024)(_check_levels)
 
 
 def _on_device(x, numbers: tuple | None, value: Tensor) -> Tensor:
-    if isinstance(x, Tensor) and (numbers is None or x.device == value.device):
-        return x
-    return constant(numbers, value)
+    # a caller's own tensor may be one of inference mode, or be changed later: its numbers are enough if they are known
+    return x if numbers is None else constant(numbers, value)

@@ -1,6 +1,8 @@
 """Small integer tensors that are made once for each device, and whether this is a moment to keep one."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,6 +28,23 @@ def traced(*tensors: Tensor) -> bool:
     return False
 
 
+def untouched(make: Callable) -> Callable:
+    """Decorator: what it makes is kept, and so is made outside of inference mode and of torch function modes.
+
+    A tensor made in inference mode could not be saved for backward by a later call. Factories must name their device.
+    """
+
+    @functools.wraps(make)
+    def wrapped(*arguments):
+        with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            return make(*arguments)
+
+    return wrapped
+
+
+_new = untouched(lambda values, dtype, device: torch.tensor(values, dtype=dtype, device=device))
+
+
 def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor of Python integers on like's device, copied there once, so that later calls neither copy nor wait.
 
@@ -40,7 +59,5 @@ def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> T
             return torch.tensor(values, dtype=dtype, device=like.device)
     key = values, dtype, like.device
     if key not in _kept:
-        # a tensor made in inference mode could not be saved for backward by a later call
-        with torch.inference_mode(False), torch._C.DisableTorchFunction():
-            _kept[key] = torch.tensor(values, dtype=dtype, device=like.device)
+        _kept[key] = _new(*key)
     return _kept[key]

@@ -155,7 +155,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
     """Gradients in the dtype of computation; with stages, None if something is not finite."""
     B, S, M, D = value.shape
-    dtype = compute_dtype(value, locations, weights)
+    dtype = compute_dtype(value, locations, weights, grad_out)
     grad_value, grads_locations, grads_weights = None, [], []
     per_query = (locations, weights, grad_out.unflatten(2, (M, D)))
     for part in bags.parts_of(geometry, S, 0 if stages is None else _DENSE_TOKENS):

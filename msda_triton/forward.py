@@ -20,7 +20,7 @@ from msda_triton.bilinear import (
     unmasked,
     widen,
 )
-from msda_triton.launch import MAX_BATCH, batches, grid, kernel_arguments
+from msda_triton.launch import MAX_BATCH, batches, grid, joined, kernel_arguments
 from msda_triton.tuning import launch
 
 
@@ -169,7 +169,7 @@ def launch_forward(
     Q = weights.shape[1]
     if B > MAX_BATCH:
         sizes = spatial_shapes, level_start_index
-        return torch.cat(
+        return joined(
             [
                 launch_forward(v, *sizes, x, w, num_points, reference, mask, query_sizes)
                 for v, x, w, reference, mask in batches(value, locations, weights, reference_points, value_mask)

@@ -168,7 +168,7 @@ class MSDeformAttnFunction:
 
 
 def _attend(value, levels, locations, weights, points, mask, num_points, method, backend) -> Tensor:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     backend = _backend(value, backend)
     shapes, starts, _ = levels
@@ -198,12 +198,13 @@ def _warn_no_triton(device_type: str) -> None:
 
 def check_backend(backend: str) -> None:
     """Raises a ValueError for a name that is none of BACKENDS."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
 def _backend(value: Tensor, backend: str) -> str:
     """ "triton" or "torch", for "auto" by the device of value."""
+    check_backend(backend)
     device = value.device.type
     if backend == "auto":
         if device not in TRITON_DEVICES:
@@ -212,7 +213,6 @@ def _backend(value: Tensor, backend: str) -> str:
             _warn_no_triton(device)
             return "torch"
         return "triton"
-    check_backend(backend)
     if backend == "inductor" and device != "cpu":
         raise ValueError(f"backend: 'inductor' needs tensors on the CPU, got {device}")
     if backend == "triton":

@@ -107,6 +107,14 @@ def batches(*tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
     return [tuple(None if x is None else x[run] for x in tensors) for run in runs]
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """torch.cat, which autocast would hold to its dtype."""
+    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for i, part in zip(range(0, len(out), len(parts[0])), parts, strict=True):
+        out[i : i + len(part)] = part
+    return out
+
+
 def on_device(tensor: Tensor):
     """Context in which the tensor's device is the current one, where kernels are launched."""
     if tensor.device.type == "cpu":

@@ -80,8 +80,8 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        B, Q = check_tokens("query", query, "Q", self.d_model)
-        _, S = check_tokens("input_flatten", input_flatten, "S", self.d_model, B)
+        B, Q = check_tokens("query", query, "Q", self.sampling_offsets)
+        _, S = check_tokens("input_flatten", input_flatten, "S", self.value_proj, B)
         if input_padding_mask is not None:
             checks.check_mask("input_padding_mask", input_padding_mask, (B, S), input_flatten.device)
         M, L, P = self.n_heads, self.n_levels, self.n_points
@@ -98,13 +98,21 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(out)
 
 
-def check_tokens(name: str, x: Tensor, count: str, channels: int, batch: int | None = None) -> tuple[int, int]:
-    """(B, N) of tokens x [B, N, channels], for a module.
+def check_tokens(name: str, x: Tensor, count: str, layer: nn.Linear, batch: int | None = None) -> tuple[int, int]:
+    """(B, N) of tokens x [B, N, channels] that a layer can take.
 
     Args:
         count: what N is called. batch: B, if it is known.
     """
-    shape, _, _ = checks.facts(name, x)
+    shape, dtype, device = checks.facts(name, x)
+    checks.check_float(name, dtype)
+    channels, weight = layer.in_features, layer.weight
+    # a quantized layer keeps its weights elsewhere, and under autocast dtypes may differ
+    if isinstance(weight, Tensor) and weight.dtype in checks.DTYPES:
+        if device != weight.device:
+            raise ValueError(f"{name}: expected on the module's device {weight.device}, got {device}")
+        if dtype != weight.dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"{name}: expected {weight.dtype} like the module's parameters, got {dtype}")
     if len(shape) != 3 or shape[2] != channels or batch not in (None, shape[0]):
         checks.raise_shape(name, f"({'B' if batch is None else batch}, {count}, {channels})", shape)
     return shape[0], shape[1]

@@ -9,6 +9,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from msda_triton.constants import traced
 from msda_triton.fallback import fallback_backward, fallback_forward
@@ -78,6 +79,13 @@ def _empty_gradients(value: Tensor, inputs, needs) -> tuple[Tensor, ...]:
     )
 
 
+def _leaf(x: Tensor | None, connected: bool) -> Tensor | None:
+    """x as an input of its own, whatever it is computed from; connected: x gets the gradients of its gradients."""
+    if x is None or (connected and x.requires_grad):
+        return None if x is None else x.view_as(x)
+    return x.detach().requires_grad_()
+
+
 class Attention(torch.autograd.Function):
     """Attention with one pass per direction. Locations are offsets and weights logits if reference points are given."""
 
@@ -117,15 +125,17 @@ class AttentionBackward(torch.autograd.Function):
     def backward(ctx, *grad_grads):
         grad_out, value, shapes, starts, locations, weights, points, mask = ctx.saved_tensors
         num_points, needs = ctx.options
+        if not any(needs):
+            return (None,) * 12
+        higher = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [None if x is None else x.detach().requires_grad_() for x in (value, locations, weights, points)]
-            grad_out = grad_out.detach().requires_grad_()
+            grad_out, *inputs = (_leaf(x, higher) for x in (grad_out, value, locations, weights, points))
             out = reference_attention(inputs[0], shapes, starts, *inputs[1:3], num_points, inputs[3], mask)
             wanted = [x for x, need in zip(inputs, needs, strict=False) if need]  # the fallback has no fourth
             grads = torch.autograd.grad(out, wanted, grad_out, create_graph=True)
             given = [g for g, need in zip(grad_grads, needs, strict=True) if need]
             second = [x for x in (grad_out, *inputs) if x is not None]
-            results = iter(torch.autograd.grad(grads, second, given, allow_unused=True))
+            results = iter(torch.autograd.grad(grads, second, given, create_graph=higher, allow_unused=True))
         grad_grad_out, value, locations, weights, points = (
             None if x is None else next(results) for x in (grad_out, *inputs)
         )
@@ -135,12 +145,23 @@ class AttentionBackward(torch.autograd.Function):
 def attention(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend) -> Tensor:
     """`Attention.apply`, or what it does without its cost where no gradient can be asked for."""
     inputs = (value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_tangents(value, locations, weights, points)
     if torch.is_grad_enabled():
         if value.requires_grad or locations.requires_grad or weights.requires_grad:
             return Attention.apply(*inputs)
         if points is not None and points.requires_grad:
             return Attention.apply(*inputs)
     return _result(*inputs)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """An operator without a forward-mode derivative answers that it is zero, in silence."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "multi-scale deformable attention has no forward-mode derivative (jvp, jacfwd): "
+            "torch.autograd.grad has reverse-mode ones of every order"
+        )
 
 
 def _result(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend) -> Tensor:

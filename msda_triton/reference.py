@@ -43,6 +43,7 @@ def ms_deform_attn_reference(
         [B, Q, M * D] in value's dtype.
     """
     dtype = compute_dtype(value, sampling_locations, attention_weights)
+    table = value.to(dtype)  # once, so that the gradients of a pixel are added up in dtype
     H, W, start = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
     x, y = sampling_locations.to(dtype).unbind(-1)  # [B, Q, M, K]
     # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False
@@ -58,7 +59,7 @@ def ms_deform_attn_reference(
     for dx, dy, weight in ((0, 0, (1 - fx) * (1 - fy)), (1, 0, fx * (1 - fy)), (0, 1, (1 - fx) * fy), (1, 1, fx * fy)):
         xi, yi = x0 + dx, y0 + dy
         inside = (xi >= 0) & (xi < W) & (yi >= 0) & (yi < H)
-        sampled = sampled + weight.unsqueeze(-1) * _pixels(value, start + yi * W + xi, inside, dtype)
+        sampled = sampled + weight.unsqueeze(-1) * _pixels(table, start + yi * W + xi, inside)
     return (attn.unsqueeze(-1) * sampled).sum(3).flatten(2).to(value.dtype)
 
 
@@ -90,24 +91,9 @@ def discrete_attention(
     xi, yi = x.detach().long(), y.detach().long()
     inside = finite & (xi >= 0) & (xi < W) & (yi >= 0)
     attn = attention_weights.to(dtype).masked_fill(~inside, 0)
-    if sampling_locations.requires_grad:
-        attn = attn + (x - x.detach())  # zero, and so is floor's gradient: the locations get one, of zeros
-    pixel = _pixels(value, start + yi * W + xi, inside, dtype)
+    attn = attn + (x - x.detach())  # zero, and so is floor's gradient: the locations get one, of zeros
+    pixel = _pixels(value.to(dtype), start + yi * W + xi, inside)
     return (attn.unsqueeze(-1) * pixel).sum(3).flatten(2).to(value.dtype)
-
-
-def near_level(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    num_points: list[int],
-) -> Tensor:
-    """Samples [B, Q, M, K] that are taken, and maybe those up to a hundredth of a pixel off: no two roundings agree."""
-    H, W, _ = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
-    size = torch.stack([W, H], -1)  # [K, 2]
-    pixel = sampling_locations.to(compute_dtype(sampling_locations)) * size - 0.5
-    return ((pixel > -1.01) & (pixel < size + 0.01) & (size > 0)).all(-1)
 
 
 def _level_of_each_point(
@@ -126,15 +112,14 @@ def _level_of_each_point(
     return H, W, start
 
 
-def _pixels(value: Tensor, token: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+def _pixels(value: Tensor, token: Tensor, inside: Tensor) -> Tensor:
     """Channels [B, Q, M, K, D] of the tokens [B, Q, M, K] of each image and head; zeros where not inside."""
     B, S, M, D = value.shape
     if not S:
-        return value.to(dtype).sum().expand(*token.shape, D)  # zeros; value gets a gradient all the same
+        return value.sum().expand(*token.shape, D)  # zeros; value gets a gradient all the same
     b = torch.arange(B, device=value.device).view(B, 1, 1, 1)
     m = torch.arange(M, device=value.device).view(1, 1, M, 1)
-    # converted first, so that the gradients of a pixel are added up in dtype
-    return value.to(dtype)[b, token.masked_fill(~inside, 0), m].masked_fill(~inside.unsqueeze(-1), 0)
+    return value[b, token.masked_fill(~inside, 0), m].masked_fill(~inside.unsqueeze(-1), 0)
 
 
 def locations_and_weights(
@@ -156,7 +141,7 @@ def locations_and_weights(
     offsets = offsets.to(dtype)
     if points.shape[-1] == 2:
         # of a level without pixels no sample is taken; a size of 1 keeps its gradient from being 0 / 0
-        parts = spatial_shapes.flip(-1)[level].clamp(min=1)
+        parts = spatial_shapes.long().flip(-1)[level].clamp(min=1)
     else:
         parts = constant(tuple(num_points), spatial_shapes)[level, None]
     locations = _locate(points, offsets, parts)

@@ -103,6 +103,16 @@ def test_instructions_per_row(kernel, dtype, quick):
     assert 0 < float(row["instructions_per_row"]) <= 1.03 * BUDGETS[kernel, dtype]
 
 
+@pytest.mark.parametrize("variant", ["plain", "box_mask"])
+def test_the_bound_of_deterministic_sums_compiles(variant):
+    """Of the other kernels' kind `quick` has one each; here the least and the most that this one does."""
+    case = next(case for case in cases() if (case.kernel, case.variant, case.target) == ("bound", variant, "sm_90"))
+    row = python(
+        "-c", f"from benchmarks.compile_table import *; row = measure({case}); print(spilled([row]), row['red'])"
+    )
+    assert row.split() == ["[]"]
+
+
 def select(rows: dict[tuple, dict], **wanted: str) -> list[dict]:
     return [row for row in rows.values() if row.items() >= wanted.items()]
 
@@ -178,7 +188,7 @@ def test_pixel_addresses_are_64_bits_wide(kernel):
     assert [product for offset in wide for product in narrow_products(offset)] == []
 
 
-@pytest.mark.parametrize("module", ["forward", "backward", "bilinear"])
+@pytest.mark.parametrize("module", ["forward", "backward", "bilinear", "fixed_point"])
 def test_kernels_are_written_for_the_oldest_triton(module):
     """What Triton 3.3 to 3.5 do not compile: min and max of constants, three conditions in one, a type's width."""
     kernels = ast.parse((ROOT / "msda_triton" / f"{module}.py").read_text()).body

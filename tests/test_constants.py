@@ -8,6 +8,7 @@ import torch
 from attention import make_inputs, oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
@@ -49,6 +50,21 @@ def inside(context):
     return run
 
 
+class EverythingOnMeta(TorchFunctionMode):
+    """What helpers do that initialise on the meta device: the device is overridden even where it is given."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
+def with_factories_overridden(call, tensors):
+    with EverythingOnMeta(), contextlib.suppress(RuntimeError):  # what is made within a call is on another device
+        call(*tensors)
+
+
 def meta_tensors(call, tensors):
     call(*(x.to("meta") for x in tensors))
 
@@ -64,6 +80,7 @@ MODES = {
     "make_fx": lambda call, tensors: make_fx(call)(*tensors),
     "make_fx, symbolic": lambda call, tensors: make_fx(call, tracing_mode="symbolic")(*tensors),
     "vmap": lambda call, tensors: torch.func.vmap(lambda x: (call(*tensors), x)[1])(torch.zeros(2)),
+    "a function mode": with_factories_overridden,
     "meta tensors": meta_tensors,
 }
 

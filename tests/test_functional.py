@@ -6,6 +6,7 @@ import torch
 from attention import make_inputs, oracle, oracle_gradients, reference
 
 from msda_triton import MSDeformAttn, MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_fused, set_autotune
+from msda_triton.checks import INTEGERS
 from msda_triton.functional import ms_deform_attn_backward
 
 SHAPES = [(3, 4), (2, 2)]
@@ -98,7 +99,10 @@ BAD = [
     (TypeError, f"sampling_locations: {DTYPES}.float8_e5m2", {"sampling_locations": lambda x: x.to(torch.float8_e5m2)}),
     (TypeError, f"attention_weights: {DTYPES}.float8_e5m2", {"attention_weights": lambda x: x.to(torch.float8_e5m2)}),
     (ValueError, "backend: expected one of .*None", {"backend": None}),
+    (ValueError, "backend: expected one of .* got array", {"backend": np.array("auto")}),
     (ValueError, "method: expected one of .*None", {"method": None}),
+    (ValueError, "method: expected one of .* got array", {"method": np.array("default")}),
+    (TypeError, "spatial_shapes: expected an integer dtype", {"spatial_shapes": torch.empty(2, 2, dtype=torch.bits8)}),
 ]
 
 
@@ -148,6 +152,10 @@ BAD_FORWARD = [
     (ValueError, r"query: expected shape \(B, Q, 8\), got \(3, 8\)", {"query": torch.rand(3, 8)}),
     (ValueError, r"query: expected shape \(B, Q, 8\), got \(2, 3, 4\)", {"query": torch.rand(2, 3, 4)}),
     (TypeError, "query: expected a tensor, got NoneType", {"query": None}),
+    (TypeError, f"query: {DTYPES}.int64", {"query": torch.ones(2, 3, 8).long()}),
+    (TypeError, "query: expected torch.float32 like .* got torch.float64", {"query": torch.rand(2, 3, 8).double()}),
+    (ValueError, "query: expected on the module's device cpu, got meta", {"query": torch.rand(2, 3, 8, device="meta")}),
+    (TypeError, "input_flatten: expected torch.float32 like", {"input_flatten": torch.rand(2, 16, 8).half()}),
     (ValueError, r"input_flatten: expected shape \(2, S, 8\), got \(1, 16", {"input_flatten": torch.rand(1, 16, 8)}),
     (ValueError, r"input_flatten: expected shape \(2, S, 8\), got \(2, 16, 4", {"input_flatten": torch.rand(2, 16, 4)}),
     (ValueError, "reference_points: expected shape", {"reference_points": torch.rand(1, 3, 2, 2)}),
@@ -180,6 +188,17 @@ def test_bad_grad_out(error, message, grad_out):
         ms_deform_attn_backward(grad_out, value, SHAPES, locations, weights)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gradient_in_float64_makes_the_backward_float64(backend):
+    value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=3, M=1, D=4, P=2))
+    grad_out = torch.randn(1, 3, 4, dtype=torch.float64) * 1e60
+    weights *= 1e-30
+    got = ms_deform_attn_backward(grad_out, value, SHAPES, locations, weights, backend=backend)
+    want = ms_deform_attn_backward(grad_out, value.double(), SHAPES, locations, weights, backend=backend)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("enabled", ["yes", 1, None])
 def test_autotune_is_on_or_off(enabled):
     with pytest.raises(TypeError, match="enabled: expected True or False, got "):
@@ -197,7 +216,7 @@ def test_bad_fused_input(error, message, changes):
     [
         *(SHAPES, tuple(SHAPES), [list(row) for row in SHAPES], [torch.Size(s) for s in SHAPES]),
         *(np.array(SHAPES), [(np.int64(3), 4), (2, np.int32(2))]),
-        *(torch.tensor(SHAPES, dtype=getattr(torch, name)) for name in ("int64", "int32", "int16", "uint8")),
+        *(torch.tensor(SHAPES, dtype=getattr(torch, name)) for name in ("int64", "int32", "int16", "uint8", "uint16")),
     ],
 )
 def test_forms_of_spatial_shapes(shapes):
@@ -299,6 +318,28 @@ def test_discrete_is_one_formula_with_derivatives_of_every_order(method, backend
     weighed = lambda v, a: function(v, inputs[1].detach(), a)  # noqa: E731
     assert torch.autograd.gradcheck(weighed, (inputs[0], inputs[2]))
     assert torch.autograd.gradgradcheck(weighed, (inputs[0], inputs[2]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dim", [2, 4])
+def test_fused_sizes_of_every_integer_dtype(dim, backend):
+    inputs = (
+        torch.randn(1, 16, 1, 4),
+        torch.rand(1, 3, 2, dim),
+        torch.randn(1, 3, 1, 2, 2, 2),
+        torch.randn(1, 3, 1, 2, 2),
+    )
+    run = lambda shapes: ms_deform_attn_fused(inputs[0], shapes, *inputs[1:], backend=backend)  # noqa: E731
+    for dtype in INTEGERS:
+        assert torch.equal(run(torch.tensor(SHAPES).to(dtype)), run(SHAPES)), dtype
+
+
+def test_sizes_of_inference_mode_serve_for_training():
+    with torch.inference_mode():
+        shapes = torch.tensor(SHAPES)
+    inputs = make_inputs(SHAPES, B=1, Q=3, M=1, D=4)
+    ms_deform_attn(inputs[0], shapes, *inputs[1:]).sum().backward()
+    assert inputs[0].grad.any()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -5,7 +5,7 @@ from fuzz import Call, calls, faults
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 # in parts, which the processes of a test run share: backend, calls, seed
-PARTS = [*(("torch", 110, n) for n in range(2)), *(("triton", 20, n) for n in range(4))]
+PARTS = [("torch", 200, 0), ("exported", 50, 1), *(("triton", 10, n) for n in range(2, 7))]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinity in interpreted kernels

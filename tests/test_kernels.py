@@ -101,7 +101,8 @@ def test_pixels_as_queries_are_taken_in_rectangles(shapes, starts, width, device
 def test_more_images_than_a_grid_has_room_for(device, monkeypatch, poisoned_empty):
     for module in ("forward", "backward", "launch"):
         monkeypatch.setattr(f"msda_triton.{module}.MAX_BATCH", 2)
-    check(SHAPES[:2], make_inputs(SHAPES[:2], B=5, Q=3, M=1, device=device))
+    with torch.autocast(device, dtype=torch.float16):  # PyTorch refuses to concatenate bfloat16 there
+        check(SHAPES[:2], make_inputs(SHAPES[:2], B=5, Q=3, M=1, dtype=torch.bfloat16, device=device))
 
 
 @pytest.mark.parametrize("D", [256, 1025, 2048])
@@ -330,6 +331,54 @@ def test_a_sample_off_the_map_has_no_gradient_where_that_of_its_row_is_not_finit
     finite[2, 0] = False
     assert torch.equal(locations[0].isfinite().all((-1, -2, -3)), finite)
     assert torch.equal(weights[0].isfinite().all((-1, -2)), finite)
+
+
+@pytest.mark.parametrize("near", [-1.0, -1.005, 8.0, 8.005])
+@pytest.mark.parametrize("bad", [1e30, float("nan")])
+def test_deterministic_sums_know_a_sample_just_off_the_map(bad, near, device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        value = torch.ones(1, 8, 1, 1, device=device, requires_grad=True)
+        locations = torch.tensor([[(near + 0.5) / 8, 0.5], [1.5 / 8, 0.5]], device=device).view(1, 2, 1, 1, 1, 2)
+        weights = torch.tensor([bad, 1.0], device=device).view(1, 2, 1, 1, 1)
+        out = ms_deform_attn(value, [(1, 8)], locations, weights, backend="triton")
+        (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert grad.flatten().tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_deterministic_sums_know_the_padding(device):
+    """A query of NaN that touches a hidden pixel only."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        value = torch.ones(1, 4, 1, 1, device=device, requires_grad=True)
+        points = torch.tensor([[3.5 / 4, 0.5], [0.5 / 4, 0.5]], device=device).view(1, 2, 1, 2)
+        zeros = torch.zeros(1, 2, 1, 1, 1, 2, device=device)
+        mask = torch.tensor([[False, False, False, True]], device=device)
+        out = ms_deform_attn_fused(value, [(1, 4)], points, zeros, zeros[..., 0], value_mask=mask, backend="triton")
+        (grad,) = torch.autograd.grad(out, value, torch.tensor([float("nan"), 1.0], device=device).view(1, 2, 1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert grad.flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_deterministic_sums_on_a_level_of_a_million_columns(device):
+    """Samples and their bound agree on who is taken, whatever float32 makes of large coordinates."""
+    W = 2**20
+    value = torch.ones(1, W, 1, 1, device=device, requires_grad=True)
+    points = torch.tensor([1 - 2**-21, 0.5], device=device).view(1, 1, 1, 2)
+    offsets = torch.tensor([0.94, 0.0], device=device).view(1, 1, 1, 1, 1, 2)
+    grads = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            out = ms_deform_attn_fused(value, [(1, W)], points, offsets, offsets[..., 1], backend="triton")
+            grads += torch.autograd.grad(out, value, torch.full_like(out, 1e-3))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [1e30, float("nan"), float("inf")])

@@ -1,6 +1,7 @@
 """The registered operators as PyTorch 2 sees them: opcheck, compile, export, functorch-free autograd, imports."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from attention import gradients, make_inputs, reference
 
 import msda_triton
-from msda_triton import MSDeformAttn, ms_deform_attn
+from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 from msda_triton.constants import constant
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ def test_opcheck(kind, gradients, device):
     inputs = op_inputs(device, kind == "fused")
     forward, backward = torch.ops.msda_triton.forward.default, torch.ops.msda_triton.backward.default
     all_needs = [[True, True, True, kind == "fused"], [False, True, False, False], [True, False, False, False]]
+    all_needs += [[False] * 4] if gradients else []
     if kind == "fallback":
         inputs, all_needs = inputs[:6], [needs[:3] for needs in all_needs]
         forward = torch.ops.msda_triton.fallback_forward.default
@@ -152,23 +154,101 @@ def test_export(backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["torch", "triton", "discrete", "exported"])
 def test_a_pixels_gradients_are_not_added_up_in_half_precision(kind, dtype, device):
-    """4096 ones give 4096: in bfloat16 they gave 256."""
+    """4096 ones give 4096, half of them by each of two corners: in bfloat16 they gave 256."""
 
     class Model(torch.nn.Module):
         def forward(self, value, locations, weights):
             options = {"method": "discrete"} if kind == "discrete" else {}
             if kind in ("torch", "triton"):
                 options["backend"] = kind
-            return ms_deform_attn(value, [(1, 1)], locations, weights, **options)
+            return ms_deform_attn(value, [(1, 2)], locations, weights, **options)
 
-    value = torch.ones(1, 1, 1, 1, dtype=dtype, device=device, requires_grad=True)
+    value = torch.ones(1, 2, 1, 1, dtype=dtype, device=device, requires_grad=True)
     locations = torch.full((1, 4096, 1, 1, 1, 2), 0.5, device=device)
     weights = torch.ones(1, 4096, 1, 1, 1, dtype=dtype, device=device)
     model = Model()
     if kind == "exported":
         model = torch.export.export(model, (value, locations, weights)).module()
     model(value, locations, weights).backward(torch.ones(1, 4096, 1, dtype=dtype, device=device))
-    assert value.grad.item() == 4096
+    assert value.grad.flatten().tolist() == ([0, 4096] if kind == "discrete" else [2048, 2048])
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton", "exported"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_part_of_a_pixels_gradient_is_rounded_to_half_precision(order, kind, device, monkeypatch):
+    """The second pixel gets 120000 and -60000 by different corners: infinite in float16, their sum is not."""
+    if kind == "exported":
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    backend = "triton" if kind == "triton" else "torch"
+    value = torch.ones(1, 2, 1, 1, dtype=torch.float16, device=device, requires_grad=True)
+    locations = torch.tensor([[0.5, 0.5], [0.75, 0.5]], device=device).view(1, 2, 1, 1, 1, 2)
+    weights = torch.tensor([4.0, 1.0], device=device).view(1, 2, 1, 1, 1).requires_grad_()
+    out = ms_deform_attn(value, [(1, 2)], locations, weights, backend=backend)
+    grad_out = torch.tensor([60000.0, -60000.0], dtype=torch.float16, device=device).view(1, 2, 1)
+    if order == 1:
+        (got,) = torch.autograd.grad(out, value, grad_out)
+    else:  # the same sums, as derivative of the gradient of the weights
+        (first,) = torch.autograd.grad(out, weights, grad_out, create_graph=True)
+        (got,) = torch.autograd.grad((first * weights.detach()).sum(), value)
+    assert got.flatten().tolist() == [float("inf"), 60000.0]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_derivatives_of_every_order(fused, device):
+    """The third order, by the differences of the second: of a first derivative, PyTorch's check of second ones."""
+    value, locations, weights = make_inputs(
+        [(2, 2)], B=1, Q=1, M=1, D=1, P=2, dtype=torch.float64, device=device, span=0.4
+    )
+    inputs = [value, locations, weights]
+    if fused:
+        inputs = [
+            value,
+            torch.full((1, 1, 1, 4), 0.5, dtype=torch.float64, device=device, requires_grad=True),
+            *inputs[1:],
+        ]
+
+    def first(*inputs):
+        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        if fused:
+            out = ms_deform_attn_fused(inputs[0], [(2, 2)], *inputs[1:])
+        else:
+            out = ms_deform_attn(inputs[0], [(2, 2)], *inputs[1:])
+        return torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+
+    assert torch.autograd.gradgradcheck(first, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_derivative_by_one_input_that_depends_on_another(backend, device):
+    """Weights and locations come out of the same tensor: a second derivative must not take one way for the other."""
+    source = torch.rand(3, dtype=torch.float64, device=device, requires_grad=True)
+
+    def run(source, attend):
+        value = (source[0] * torch.arange(1.0, 5.0, device=device)).view(1, 4, 1, 1)
+        locations = (source[:2] * 0.2 + 0.4).view(1, 1, 1, 1, 1, 2)
+        return attend(value, [(2, 2)], locations, source[2:].view(1, 1, 1, 1, 1)).pow(2).sum()
+
+    results = []
+    for attend in (functools.partial(ms_deform_attn, backend=backend), reference):
+        derivative, derivatives = run(source, attend), []
+        for _ in range(4):
+            (derivative,) = torch.autograd.grad(derivative.sum(), source, create_graph=True)
+            derivatives.append(derivative)
+        results.append(derivatives)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_forward_mode_is_refused_and_not_zero(backend, device):
+    value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=2, M=1, D=4, device=device))
+    run = lambda v: ms_deform_attn(v, SHAPES, locations, weights, backend=backend)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(run, (value,), (value,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            run(torch.autograd.forward_ad.make_dual(value, value))
+        assert run(value).shape == (1, 2, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -245,17 +325,18 @@ ARROWS = {
     "bilinear": set(),
     "tuning": set(),
     "launch": {"constants"},
-    "bags": set(),
+    "bags": {"constants"},
     "fallback": {"bags", "reference"},
     "inductor": {"bags", "fallback"},
     "forward": {"bilinear", "launch", "tuning"},
-    "backward": {"bilinear", "launch", "reference", "tuning"},
+    "fixed_point": {"bilinear"},
+    "backward": {"bilinear", "fixed_point", "launch", "tuning"},
     "op": {"constants", "reference", "fallback", "inductor", "forward", "backward", "launch", "tuning"},
     "checks": {"constants"},
     "functional": {"checks", "constants", "op", "reference"},
     "module": {"checks", "functional"},
 }
-TRITON_ONLY = ("bilinear", "tuning", "launch", "forward", "backward")
+TRITON_ONLY = ("bilinear", "fixed_point", "tuning", "launch", "forward", "backward")
 SHIMS = sorted(path.stem for path in (ROOT / "msda_triton" / "shims").glob("*.py"))
 
 
