@@ -1,8 +1,10 @@
 """Some of the random calls of `fuzz.py`, 300 in all; `make test-all` runs many more."""
 
 import pytest
-from fuzz import Call, calls, faults
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests import fuzz
+from tests.fuzz_calls import Call, calls
 
 # in parts, which the processes of a test run share: backend, calls, seed
 PARTS = [("torch", 200, 0), ("exported", 50, 1), *(("triton", 10, n) for n in range(2, 7))]
@@ -18,6 +20,32 @@ def test_random_calls(backend, examples, number):
     )  # fmt: skip
     @given(call=calls(small=backend == "triton"))
     def check(call: Call) -> None:
-        assert faults(call, backend) == []
+        assert fuzz.faults(call, backend) == []
 
     check()
+
+
+SABOTAGE = {
+    "one part in a thousand": lambda out: out * 1.001,
+    "not a number becomes one": lambda out: out.nan_to_num(),
+    "a number becomes none": lambda out: out / (out != 0),
+    "another dtype": lambda out: out.double().float(),
+}
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGE.values(), ids=SABOTAGE)
+def test_what_is_wrong_is_found(sabotage, monkeypatch):
+    right = fuzz.ms_deform_attn
+    monkeypatch.setattr(fuzz, "ms_deform_attn", lambda *inputs, **options: sabotage(right(*inputs, **options)))
+    found = []
+
+    @seed(0)
+    @settings(
+        max_examples=60, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(call=calls())
+    def check(call: Call) -> None:
+        found.extend(fuzz.faults(call, "torch"))
+
+    check()
+    assert found
