@@ -14,11 +14,11 @@ _kept: dict[tuple, Tensor] = {}
 def traced(*tensors: Tensor) -> bool:
     """Whether operations are recorded, faked or transformed instead of just run.
 
-    True under torch.compile and torch.export, under a dispatch mode (FakeTensorMode, make_fx), under a transform of
-    torch.func, and for tensors of a class with a dispatch of its own. Then no tensor's content may be looked at, and
-    what is made may be no real tensor.
+    True under torch.compile, torch.export and torch.jit.trace, under a dispatch mode (FakeTensorMode, make_fx), under a
+    transform of torch.func, and for tensors of a class with a dispatch of its own. Then no tensor's content may be
+    looked at, and what is made may be no real tensor.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return True
@@ -43,6 +43,9 @@ def untouched(make: Callable) -> Callable:
 
 
 _new = untouched(lambda values, dtype, device: torch.tensor(values, dtype=dtype, device=device))
+_new_on_cpu = functools.lru_cache(maxsize=1024)(
+    _new
+)  # what is kept elsewhere is one for every size of a device's images
 
 
 def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -58,6 +61,8 @@ def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> T
         with getattr(like, "fake_mode", None) or contextlib.nullcontext():
             return torch.tensor(values, dtype=dtype, device=like.device)
     key = values, dtype, like.device
+    if like.device.type == "cpu":
+        return _new_on_cpu(*key)
     if key not in _kept:
         _kept[key] = _new(*key)
     return _kept[key]

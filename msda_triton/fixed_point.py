@@ -21,15 +21,16 @@ ROWS = 32  # queries of a program
 
 @triton.jit(do_not_specialize=["S", "Q"])
 def _msda_bound_kernel(
-    shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr, grad_out_ptr, bound_ptr, S, Q,
+    shapes_ptr, starts_ptr, points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr, grad_out_ptr,
+    max_weight_ptr, max_grad_ptr, S, Q,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """bound[b, q, m] = the largest |weight| of a sample that adds to some pixel's gradient * the largest |grad_out|.
+    """For each [b, q, m] the largest |weight| of a sample that adds to some pixel's gradient, and largest |grad_out|.
 
-    Infinite or NaN if one of these is; 0 if no sample adds anything. Samples and pixels count as in the backward
-    kernel, by the same helpers: what it does not add must not cost the rest its precision.
+    Infinite for NaN; a weight of -1 if no sample adds anything. Samples and pixels count as in the backward kernel, by
+    the same helpers: what it does not add must not cost the rest its precision.
     """
     m = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -75,8 +76,8 @@ def _msda_bound_kernel(
     grad_out_ptr += (row0 * M + m) * D + (row * (M * D))[:, None]
     grad_out = tl.abs(widen(tl.load(grad_out_ptr + d, mask=d < D, other=0.0), ACC))
     grad_out = tl.max(tl.where(grad_out < float("inf"), grad_out, float("inf")), 1)
-    bound = tl.where(largest >= 0, largest * grad_out, 0.0)
-    tl.store(bound_ptr + row0 * M + m + row * M, bound, mask=rows < Q - q0)
+    tl.store(max_weight_ptr + row0 * M + m + row * M, largest, mask=rows < Q - q0)
+    tl.store(max_grad_ptr + row0 * M + m + row * M, grad_out, mask=rows < Q - q0)
 
 
 def fixed_point_scale(arguments: dict, grad_out: Tensor) -> Tensor:
@@ -87,18 +88,15 @@ def fixed_point_scale(arguments: dict, grad_out: Tensor) -> Tensor:
     """
     B, Q, M = len(grad_out), arguments["Q"], arguments["M"]
     dtype = torch.float64 if arguments["ACC"] == tl.float64 else torch.float32
-    bound = torch.empty(B, Q, M, dtype=dtype, device=grad_out.device)
-    launch_bound((triton.cdiv(Q, ROWS), M, B), bound_arguments(arguments, grad_out, bound))
-    # every sample adds at most this to a pixel, once
-    largest = bound.amax(1).double()
+    weight, grad = torch.empty(2, B, Q, M, dtype=dtype, device=grad_out.device)
+    given = {"grad_out_ptr": grad_out, "max_weight_ptr": weight, "max_grad_ptr": grad, "BLOCK_Q": ROWS}
+    given |= {name: arguments[name] for name in _msda_bound_kernel.arg_names if name not in given}
+    launch_bound((triton.cdiv(Q, ROWS), M, B), given)
+    # every sample adds at most this to a pixel, once; in float64, as two finite numbers may have no product in float32
+    largest = torch.where(weight >= 0, weight.double() * grad.double(), 0).amax(1)
     exponent = 62 - torch.log2(largest * (Q * arguments["K"])).ceil()
-    return torch.where(largest.isfinite(), torch.exp2(exponent.clamp(-1000, 100)), torch.nan).to(dtype)
-
-
-def bound_arguments(arguments: dict, grad_out: Tensor, bound: Tensor) -> dict:
-    """What the kernel takes, by name."""
-    given = arguments | {"grad_out_ptr": grad_out, "bound_ptr": bound, "BLOCK_Q": ROWS}
-    return {name: given[name] for name in _msda_bound_kernel.arg_names}
+    finest = 126 if dtype == torch.float32 else 1000  # powers of two that dtype has
+    return torch.where(largest.isfinite(), torch.exp2(exponent.clamp(-finest, finest)), torch.nan).to(dtype)
 
 
 def launch_bound(grid: tuple[int, int, int], arguments: dict) -> None:

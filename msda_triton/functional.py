@@ -181,7 +181,11 @@ def _attend(value, levels, locations, weights, points, mask, num_points, method,
         value = value.masked_fill(mask[:, :, None, None], 0)
     if method != "default":
         return discrete_attention(value, shapes, starts, locations, weights, num_points, method)
-    if torch.compiler.is_exporting() or (value.device.type != "cpu" and traced(value, locations, weights)):
+    if (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or (value.device.type != "cpu" and traced(value, locations, weights))
+    ):
         # plain operators, which ONNX, AOTInductor and other runtimes know
         return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points)
     return attention(value, shapes, starts, locations, weights, num_points, None, None, [], backend)

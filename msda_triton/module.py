@@ -80,8 +80,8 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        B, Q = check_tokens("query", query, "Q", self.sampling_offsets)
-        _, S = check_tokens("input_flatten", input_flatten, "S", self.value_proj, B)
+        B, Q = _check_tokens("query", query, ("B", "Q", self.d_model), self.sampling_offsets)
+        _, S = _check_tokens("input_flatten", input_flatten, (B, "S", self.d_model), self.value_proj)
         if input_padding_mask is not None:
             checks.check_mask("input_padding_mask", input_padding_mask, (B, S), input_flatten.device)
         M, L, P = self.n_heads, self.n_levels, self.n_points
@@ -98,21 +98,21 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(out)
 
 
-def check_tokens(name: str, x: Tensor, count: str, layer: nn.Linear, batch: int | None = None) -> tuple[int, int]:
-    """(B, N) of tokens x [B, N, channels] that a layer can take.
+def _check_tokens(name: str, x: Tensor, expected: tuple, layer: nn.Module) -> tuple[int, int]:
+    """(B, N) of tokens x [B, N, C] that a layer is given.
 
     Args:
-        count: what N is called. batch: B, if it is known.
+        expected: shape, with names for sizes that may be any.
     """
     shape, dtype, device = checks.facts(name, x)
     checks.check_float(name, dtype)
-    channels, weight = layer.in_features, layer.weight
-    # a quantized layer keeps its weights elsewhere, and under autocast dtypes may differ
-    if isinstance(weight, Tensor) and weight.dtype in checks.DTYPES:
+    if len(shape) != 3 or any(isinstance(n, int) and n != got for n, got in zip(expected, shape, strict=True)):
+        checks.raise_shape(name, f"({', '.join(map(str, expected))})", shape)
+    # another layer, or one that hooks prepare, may take another dtype, and has its parameters where it likes
+    if type(layer) is nn.Linear and not layer._forward_pre_hooks and "forward" not in vars(layer):
+        weight = layer.weight
         if device != weight.device:
             raise ValueError(f"{name}: expected on the module's device {weight.device}, got {device}")
-        if dtype != weight.dtype and not torch.is_autocast_enabled(device.type):
+        if dtype != weight.dtype and device.type != "meta" and not torch.is_autocast_enabled(device.type):
             raise TypeError(f"{name}: expected {weight.dtype} like the module's parameters, got {dtype}")
-    if len(shape) != 3 or shape[2] != channels or batch not in (None, shape[0]):
-        checks.raise_shape(name, f"({'B' if batch is None else batch}, {count}, {channels})", shape)
     return shape[0], shape[1]

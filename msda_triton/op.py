@@ -145,8 +145,6 @@ class AttentionBackward(torch.autograd.Function):
 def attention(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend) -> Tensor:
     """`Attention.apply`, or what it does without its cost where no gradient can be asked for."""
     inputs = (value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend)
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        _refuse_tangents(value, locations, weights, points)
     if torch.is_grad_enabled():
         if value.requires_grad or locations.requires_grad or weights.requires_grad:
             return Attention.apply(*inputs)
@@ -157,7 +155,8 @@ def attention(value, shapes, starts, locations, weights, num_points, points, mas
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """An operator without a forward-mode derivative answers that it is zero, in silence."""
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    tracing = torch.compiler.is_compiling()  # then inside of a jvp that is compiled too
+    if tracing or any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             "multi-scale deformable attention has no forward-mode derivative (jvp, jacfwd): "
             "torch.autograd.grad has reverse-mode ones of every order"
@@ -166,6 +165,8 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 def _result(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend) -> Tensor:
     inputs = (value, shapes, starts, locations, weights, num_points)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(value, locations, weights, points)
     if backend == "triton":
         return _forward_op(*inputs, points, mask, sizes)
     if value.device.type != "cpu":
@@ -179,6 +180,8 @@ def _gradients(
     grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs, backend
 ) -> tuple[Tensor | None, ...]:
     inputs = (grad_out, value, shapes, starts, locations, weights, num_points)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(grad_out, value, locations, weights, points)
     if backend == "triton":
         return _with_none(_backward_op(*inputs, points, mask, sizes, needs), needs)
     if value.device.type != "cpu":

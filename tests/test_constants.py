@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
-from msda_triton.constants import _kept, constant
+from msda_triton.constants import _kept, _new_on_cpu, constant
 
 # of no other test, so that nothing of them is kept before
 FRESH = itertools.count(11)
@@ -130,19 +130,27 @@ def test_a_mode_leaves_nothing_behind(mode, backend):
 
 
 def test_what_is_kept_is_real():
-    kept = [x for (_, _, device), x in _kept.items() if device.type == "cpu"]
-    assert all(type(x) is torch.Tensor and not torch._is_functional_tensor(x) and not x.is_inference() for x in kept)
-    assert all(x.device == device and x.dtype == dtype for (_, dtype, device), x in _kept.items())
+    like = torch.empty(0)
+    with torch.inference_mode(), default_device("meta"), EverythingOnMeta():
+        x = constant(((next(FRESH), 7),), like)
+    assert type(x) is torch.Tensor and not torch._is_functional_tensor(x) and not x.is_inference()
+    assert (x.device.type, x.dtype) == ("cpu", torch.int64)
 
 
 def test_nothing_is_evicted():
     """A CUDA graph that was captured after the first call reads its tensors as long as it likes."""
-    like = torch.empty(0)
-    first = constant(((next(FRESH), 7),), like)
-    memory = first.data_ptr()
+    like = torch.empty(0, device="meta")  # a device that is no CPU
+    first = constant(((3, 7),), like)
     for n in range(2000):
         constant(((n, 1009),), like)
-    assert constant((tuple(first[0].tolist()),), like).data_ptr() == memory
+    assert constant(((3, 7),), like) is first
+
+
+def test_a_cpus_constants_are_a_thousand_at_most():
+    like, before = torch.empty(0), len(_kept)
+    for n in range(2000):
+        assert constant(((n, 1013),), like).tolist() == [[n, 1013]]
+    assert len(_kept) == before and _new_on_cpu.cache_info().currsize <= 1024
 
 
 def test_a_second_call_makes_no_constant(monkeypatch):

@@ -228,3 +228,26 @@ def test_one_float64_input_makes_all_computation_float64(double, backend):
         # results in float32 are rounded once, from float64
         tolerance = 1e-12 if x.dtype == torch.float64 else 2.0**-24
         torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=1e-12, msg=f"{{}} ({name})".format)
+
+
+def with_hooks(module):
+    """Weights that a hook brings and casts, as offloading and layerwise casting do."""
+    module.half()
+    for layer in (module.sampling_offsets, module.attention_weights, module.value_proj, module.output_proj):
+        layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(layer.weight.dtype),))
+
+
+CHANGED = {
+    "another layer": lambda module: setattr(module, "value_proj", torch.nn.Sequential(module.value_proj)),
+    "a lazy layer": lambda module: setattr(module, "value_proj", torch.nn.LazyLinear(16)),
+    "a parametrized layer": lambda module: torch.nn.utils.parametrizations.spectral_norm(module.value_proj),
+    "hooks": with_hooks,
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_module_takes_whatever_stands_in_for_its_layers(change):
+    module = MSDeformAttn(d_model=16, n_levels=3, n_heads=2, n_points=3)
+    change(module)
+    out = module(torch.randn(2, 21, 16), torch.rand(2, 21, 3, 2), torch.randn(2, S, 16), SHAPES)
+    assert out.shape == (2, 21, 16) and out.isfinite().all()

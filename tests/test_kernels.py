@@ -348,6 +348,23 @@ def test_deterministic_sums_know_a_sample_just_off_the_map(bad, near, device):
     assert grad.flatten().tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("size", "weight"), [(1e38, 4.0), (1e-28, 1.0), (1e-31, 1.0), (1e-36, 1.0)])
+def test_deterministic_sums_of_very_large_and_very_small_gradients(size, weight, device):
+    value = torch.randn(1, 12, 1, 4, device=device, requires_grad=True)
+    locations = torch.tensor([0.5, 1 / 3], device=device).view(1, 1, 1, 1, 1, 2)
+    weights = torch.full((1, 1, 1, 1, 1), weight, device=device)
+    grads = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            out = ms_deform_attn(value, [(3, 4)], locations, weights, backend="triton")
+            grads += torch.autograd.grad(out, value, torch.full_like(out, size))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=2.0**-126)
+
+
 def test_deterministic_sums_know_the_padding(device):
     """A query of NaN that touches a hidden pixel only."""
     torch.use_deterministic_algorithms(True)

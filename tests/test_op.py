@@ -249,6 +249,26 @@ def test_forward_mode_is_refused_and_not_zero(backend, device):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             run(torch.autograd.forward_ad.make_dual(value, value))
         assert run(value).shape == (1, 2, 4)
+        out = run(value.requires_grad_())
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.autograd.grad(out, value, torch.autograd.forward_ad.make_dual(out.detach(), out.detach()))
+    compiled = torch.compile(lambda v: torch.func.jvp(run, (v,), (v,))[1], backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="no forward-mode derivative"):
+        compiled(value.detach())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of every size that it keeps
+@pytest.mark.parametrize("method", ["default", "discrete"])
+def test_a_trace_keeps_no_size_and_no_content(method, device):
+    """torch.jit.trace, with other sizes, and with locations that are not finite, than those that it saw."""
+    value, locations, weights = (x.detach() for x in make_inputs([(3, 4), (2, 2)], B=1, Q=3, M=1, D=4, device=device))
+    function = lambda v, x, a, s: ms_deform_attn(v, s, x, a, method=method, backend="torch")  # noqa: E731
+    first, second = (torch.tensor(s, device=device) for s in ([(3, 4), (2, 2)], [(2, 2), (3, 4)]))
+    traced = torch.jit.trace(function, (value, locations, weights, first))
+    other = locations.clone()
+    other[0, 0, 0, 0, 0, 0] = float("nan")
+    for inputs in ((value, locations, weights, second), (value, other, weights, first)):
+        torch.testing.assert_close(traced(*inputs), function(*inputs), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -166,7 +166,7 @@ def attend(
     """The attention of mmcv's, detrex's and groundingdino's modules, in query's layout, before dropout and residual."""
     value = query if value is None else value
     query = query if query_pos is None else query + query_pos
-    C = module.sampling_offsets.in_features
+    C = module.d_model
     layout = "[B, N, C]" if module.batch_first else "[N, B, C]"
     for name, x in (("query", query), ("value", value)):
         if x.dim() != 3 or x.shape[2] != C:
