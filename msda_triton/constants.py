@@ -18,7 +18,7 @@ def traced(*tensors: Tensor) -> bool:
     transform of torch.func, and for tensors of a class with a dispatch of its own. Then no tensor's content may be
     looked at, and what is made may be no real tensor.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # the latter is torch.jit.trace
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return True
