@@ -45,7 +45,8 @@ def kernel_arguments(
     L = len(num_points)
     uniform = len(set(num_points)) == 1
     if value.stride(-1) != 1:
-        value = value.contiguous()
+        # of a tensor without elements any strides are contiguous
+        value = value.contiguous() if value.numel() else value.new_empty(value.shape)
     vec, pack = _vector(value)
     if pack == 2:
         value = value.view(torch.int32)

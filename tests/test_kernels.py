@@ -209,6 +209,17 @@ def test_empty(B, Q, device):
         assert not grad.any()
 
 
+@pytest.mark.parametrize("B, shapes", [(0, [(3, 4)]), (2, [(0, 3)])])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_and_strided(dtype, B, shapes, device):
+    """PyTorch calls a tensor without elements contiguous, whatever its strides."""
+    value, locations, weights = make_inputs(shapes, B=B, Q=3, D=16, dtype=dtype, device=device)
+    strided = value.detach().new_empty(*value.shape, 2)[..., 0].requires_grad_()
+    function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton")  # noqa: E731
+    grad_out = torch.ones(B, 3, 32, dtype=dtype, device=device)
+    assert not any(x.any() for x in gradients(function, (strided, locations, weights), grad_out))
+
+
 def test_no_tokens(device):
     value = torch.zeros(1, 0, 2, 8, device=device)
     _, locations, weights = make_inputs([(0, 3)], B=1, Q=4, device=device)
