@@ -186,6 +186,8 @@ def difference(got: Tensor, like: Tensor, want: Number, double: bool) -> str:
     # the interpreter stores bfloat16 by truncation: one unit in the last place where a GPU has half
     unit = torch.finfo(got.dtype).eps * (1 if got.dtype == torch.bfloat16 else 0.5)
     least = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    if got.dtype == torch.bfloat16:
+        least = torch.finfo(got.dtype).smallest_normal  # the interpreter converts -2.4e-39 to -7.6e-39
     single = torch.finfo(torch.float64 if double else torch.float32).eps
     exact, got_numbers = want.exact, got.double().numpy()
     with np.errstate(all="ignore"):
