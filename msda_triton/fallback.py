@@ -86,12 +86,9 @@ def run_forward(
     stages: Stages, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
 ) -> Tensor:
     """`fallback_forward`, with the element-wise parts given."""
-    geometry, points = bags.geometry_of(spatial_shapes, level_start_index, num_points, value.shape[1])
-    locations, weights = sampling_locations, attention_weights
-    if not _is_finite(locations):
-        locations = _bounded(locations)
-    if points is not None:
-        locations, weights = locations[:, :, :, points], weights[..., points]
+    geometry, _, locations, weights = _used_samples(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
+    )
     if not value.numel() or not weights.numel():
         return value.new_zeros(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
     out = _forward(stages, value, geometry, locations, weights)
@@ -107,12 +104,9 @@ def run_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`fallback_backward`, with the element-wise parts given."""
     inputs = (value, sampling_locations, attention_weights)
-    geometry, points = bags.geometry_of(spatial_shapes, level_start_index, num_points, value.shape[1])
-    locations, weights = sampling_locations, attention_weights
-    if not _is_finite(locations):
-        locations = _bounded(locations)
-    if points is not None:
-        locations, weights = locations[:, :, :, points], weights[..., points]
+    geometry, points, locations, weights = _used_samples(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
+    )
     if not value.numel() or not weights.numel():
         return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
     grads = None
@@ -125,6 +119,23 @@ def run_backward(
     return tuple(
         _cast(grad, x.dtype).contiguous() if need else None for grad, x, need in zip(grads, inputs, needs, strict=True)
     )
+
+
+def _used_samples(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    num_points,
+) -> tuple[bags.Geometry, list[int] | None, Tensor, Tensor]:
+    """The levels that hold pixels, their points among the K (None for all), and the locations and weights of these."""
+    geometry, points = bags.geometry_of(spatial_shapes, level_start_index, num_points, value.shape[1])
+    if not _is_finite(locations):
+        locations = _bounded(locations)
+    if points is not None:
+        locations, weights = locations[:, :, :, points], weights[..., points]
+    return geometry, points, locations, weights
 
 
 def _forward(
