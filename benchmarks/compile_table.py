@@ -4,7 +4,8 @@
     python -m benchmarks.compile_table --quick --csv benchmarks/results/compile_table.csv    # what is committed
     python -m benchmarks.compile_table --quick --target sm_90
 
-One CSV row per kernel, variant, dtype, channels, configuration and target:
+One CSV row per kernel, variant, dtype, channels, configuration and target (`kernels/plan.py` has the configurations):
+    plan                  what the configuration became: the kernel's constants, warps, and registers allowed
     registers             per thread (on AMD: VGPRs)
     stack_bytes           per thread, in local memory (on AMD: scratch)
     spills                instructions that store to or load from the stack (on AMD: spilled registers)
@@ -29,7 +30,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,20 +38,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.workloads import WORKLOADS
-from msda_triton import backward, bilinear, fixed_point, forward, tuning
+from msda_triton.call import Call
+from msda_triton.kernels import channels, launch
+from msda_triton.kernels import plan as plans
 
 CSV = Path(__file__).parent / "results" / "compile_table.csv"
 CUDA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 BUDGET_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 OTHER_TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100"]
-# a load is one of `value` if its line is one of these, or was inlined at one (which Triton 3.6 does not tell)
-VALUE_LOADS = {
-    (Path(module.__file__).name, number)
-    for module in (bilinear, forward, backward)
-    for number, line in enumerate(inspect.getsource(module).splitlines(), 1)
-    if ("load_pixel(" in line or "tl.load(ptrs" in line) and "grad_out_ptr" not in line
-}
+
+
+_source, _first = inspect.getsourcelines(channels.load_rows.fn)
+GRAD_OUT_LOADS = {("channels.py", _first + i) for i in range(len(_source))}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # compiled in every configuration and for every target, and by --quick: (variant, dtype, channels per head)
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
@@ -60,7 +60,6 @@ VARIANTS = {
     "backward": ["plain", "point", "box", "box_mask", "frozen", "deterministic", "list"],
     "bound": ["plain", "point", "box", "box_mask", "list"],  # what a deterministic backward runs first
 }
-BOUND_CONFIG = f"BLOCK_Q={fixed_point.ROWS}"
 ENCODER = WORKLOADS["encoder"]
 
 
@@ -72,22 +71,21 @@ class Case:
     variant: str
     dtype: str
     channels: int
-    config: str
-    warps: int
+    config: str  # by its name in `plan.CONFIGS`; of "bound" the only one, which is called so too
     target: str
 
 
 def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Case]:
     """What the table holds: for each target every kind of kernel in its default configurations.
 
-    On budget targets the main kinds are there in every configuration. `quick` leaves what runs
-    at the encoder's sizes of the most used kernels on these targets.
+    On budget targets the main kinds are there in every configuration. `quick` leaves what runs at the encoder's sizes
+    of the most used kernels on these targets.
     """
     for target in [] if quick else BUDGET_TARGETS + OTHER_TARGETS:
         if targets is None or target in targets:
             for kind in _kinds("bound"):
-                yield Case("bound", *kind, BOUND_CONFIG, 4, target)
-    for kernel, configs in tuning.CONFIGS.items():
+                yield Case("bound", *kind, "bound", target)
+    for kernel, configs in plans.CONFIGS.items():
         for target in BUDGET_TARGETS if quick else BUDGET_TARGETS + OTHER_TARGETS:
             if targets is not None and target not in targets:
                 continue
@@ -95,23 +93,19 @@ def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Cas
             if quick:
                 kinds = MAIN if target == "sm_90" else MAIN[::2]  # plain bf16 and fp32
             for kind in kinds:
-                tried = configs if target in BUDGET_TARGETS and kind in MAIN and not quick else []
-                defaults = default_configs(kernel, *kind, target)
-                for config in [*tried, *(config for config in defaults[: 1 if quick else 2] if config not in tried)]:
-                    yield Case(kernel, *kind, config_name(config), config.num_warps, target)
+                # of two names for one kernel, the first
+                names = default_configs(kernel, *kind, target)[: 1 if quick else 2]
+                if target in BUDGET_TARGETS and kind in MAIN and not quick:
+                    names += [name for name in configs if name not in names]
+                for name in {launch_of(kernel, *kind, name).plan: name for name in reversed(names)}.values():
+                    yield Case(kernel, *kind, name, target)
 
 
-def config_name(config: triton.Config) -> str:
-    numbers = config.kwargs | ({"maxnreg": config.maxnreg} if config.maxnreg else {})
-    return " ".join(f"{key}={number}" for key, number in numbers.items())
-
-
-def default_configs(kernel: str, variant: str, dtype: str, channels: int, target: str) -> list[triton.Config]:
+def default_configs(kernel: str, variant: str, dtype: str, channels: int, target: str) -> list[str]:
     """What runs without timing at the encoder's sizes and, if that is another one, where there are few rows."""
-    arguments = launch_arguments(kernel, variant, dtype, channels)
-    many = ENCODER.B * ENCODER.Q * ENCODER.M
-    configs = [tuning.choose(kernel, tuning.call_class(kernel, rows, arguments), target) for rows in (many, 1)]
-    return configs[:1] if configs[0] is configs[1] else configs
+    kind = _kind(kernel, variant, _call(variant, dtype, channels))
+    names = [plans.choose(kind._replace(few=few), target) for few in (False, True)]
+    return list(dict.fromkeys(names))
 
 
 def _kinds(kernel: str) -> list[tuple[str, str, int]]:
@@ -122,49 +116,67 @@ def _kinds(kernel: str) -> list[tuple[str, str, int]]:
 
 
 @functools.cache
-def launch_arguments(kernel: str, variant: str, dtype: str, channels: int) -> dict:
-    """What the launcher hands to its kernel, by name, for tensors without storage."""
+def _call(variant: str, dtype: str, channels: int) -> Call:
+    """A call without storage, at the encoder's sizes."""
     B, S, Q, M, P, L = ENCODER.B, ENCODER.S, ENCODER.Q, ENCODER.M, ENCODER.P, len(ENCODER.levels)
+    storage = DTYPES[dtype]
+    fused = variant in ("point", "box", "box_mask")
+    # locations are float32 unless value is float64; offsets come out of a projection in value's dtype
+    wide = storage if fused else torch.promote_types(storage, torch.float32)
     with torch.device("meta"):
-        storage = DTYPES[dtype]
-        fused = variant in ("point", "box", "box_mask")
-        value = torch.empty(B, S, M, channels, dtype=storage)
-        # locations are float32 unless value is float64; offsets come out of a projection in value's dtype
-        wide = storage if fused else torch.promote_types(storage, torch.float32)
-        inputs = (
-            value,
-            torch.empty(L, 2, dtype=torch.int64),
-            None,
-            torch.empty(B, Q, M, L * P, 2, dtype=wide),
-            torch.empty(B, Q, M, L * P, dtype=storage),
-            [P - 1, P, P, P + 1] if variant == "list" else [P] * L,
-            torch.empty(B, Q, L, 2 if variant == "point" else 4) if fused else None,
-            torch.empty(B, S, dtype=torch.bool) if variant == "box_mask" else None,
-            [n for size in ENCODER.levels for n in size],
+        return Call(
+            value=torch.empty(B, S, M, channels, dtype=storage),
+            spatial_shapes=torch.empty(L, 2, dtype=torch.int64),
+            level_start_index=None,
+            locations=torch.empty(B, Q, M, L * P, 2, dtype=wide),
+            weights=torch.empty(B, Q, M, L * P, dtype=storage),
+            num_points=[P - 1, P, P, P + 1] if variant == "list" else [P] * L,
+            reference_points=torch.empty(B, Q, L, 2 if variant == "point" else 4) if fused else None,
+            value_mask=torch.empty(B, S, dtype=torch.bool) if variant == "box_mask" else None,
+            level_sizes=[n for size in ENCODER.levels for n in size],
         )
-        grad_out = torch.empty(B, Q, M * channels, dtype=storage)
-    with (
-        mock.patch.object(forward if kernel == "forward" else backward, "launch") as launch,
-        mock.patch.object(fixed_point, "launch_bound") as launch_bound,
-    ):
-        if kernel == "forward":
-            forward.launch_forward(*inputs)
-        else:
-            torch.use_deterministic_algorithms(variant == "deterministic" or kernel == "bound")
-            backward.launch_backward(grad_out, *inputs, [variant != "frozen", True, True, fused])
-            torch.use_deterministic_algorithms(False)
-    return (launch_bound if kernel == "bound" else launch).call_args.args[-1]
+
+
+def _kind(kernel: str, variant: str, call: Call) -> plans.Kind:
+    return plans.kind_of(call, "forward" if kernel == "forward" else "backward", variant == "deterministic")
+
+
+class Launch(NamedTuple):
+    """What would be launched."""
+
+    kernel: triton.JITFunction
+    arguments: dict  # in the kernel's order, by name
+    plan: plans.Plan
+
+
+@functools.cache
+def launch_of(kernel: str, variant: str, dtype: str, channels: int, config: str) -> Launch:
+    """The launch of a kernel with a configuration, by its name."""
+    call, launches = _call(variant, dtype, channels), []
+
+    def run(function, call, arguments, plan):
+        given = arguments | plan.constants
+        launches.append(Launch(function, {name: given[name] for name in function.arg_names}, plan))
+
+    kind = _kind(kernel, variant, call)
+    plan = None if kernel == "bound" else plans.plan_of(plans.CONFIGS[kernel][config], kind)
+    if kernel == "forward":
+        launch.forward(call, plan, run=run)
+        return launches[0]
+    needs = [variant != "frozen", True, True, call.reference_points is not None]
+    deterministic = kernel == "bound" or variant == "deterministic"
+    grad_out = torch.empty(*call.weights.shape[:2], ENCODER.M * channels, dtype=DTYPES[dtype], device="meta")
+    launch.backward(grad_out, call, needs, plan, deterministic=deterministic, run=run)
+    return launches[0 if kernel == "bound" else -1]
+
+
+def launched(case: Case) -> Launch:
+    return launch_of(case.kernel, case.variant, case.dtype, case.channels, case.config)
 
 
 def compile_case(case: Case) -> CompiledKernel:
-    """Compile as a launch of `launch_arguments` would, see `triton.JITFunction.run`."""
-    kernels = {"forward": forward._msda_fwd_kernel, "backward": backward._msda_bwd_kernel}
-    kernel = (kernels | {"bound": fixed_point._msda_bound_kernel})[case.kernel]
-    numbers = _numbers(case.config)
-    options = {"num_warps": case.warps, "num_stages": 1}
-    if "maxnreg" in numbers:
-        options["maxnreg"] = numbers.pop("maxnreg")
-    arguments = launch_arguments(case.kernel, case.variant, case.dtype, case.channels) | numbers
+    """Compile as a launch would, see `triton.JITFunction.run`."""
+    kernel, arguments, plan = launched(case)
     nvidia = case.target.startswith("sm_")
     signature, constants, hints = {}, {}, {}
     for i, param in enumerate(kernel.params):
@@ -189,18 +201,20 @@ def compile_case(case: Case) -> CompiledKernel:
     else:
         target = GPUTarget("hip", case.target, 64 if case.target.startswith("gfx9") else 32)
     source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=target, options=options)
-
-
-def _numbers(config: str) -> dict[str, int]:
-    return {key: int(number) for key, number in (pair.split("=") for pair in config.split())}
+    return triton.compile(source, target=target, options=plan.options)
 
 
 def measure(case: Case) -> dict:
     """Compile one case: its row of the table."""
     compiled = compile_case(case)
     count = nvidia_counts if case.target.startswith("sm_") else amd_counts
-    return asdict(case) | {"triton": triton.__version__} | count(case, compiled)
+    return asdict(case) | {"plan": plan_text(case), "triton": triton.__version__} | count(case, compiled)
+
+
+def plan_text(case: Case) -> str:
+    plan = launched(case).plan
+    numbers = plan.constants | {"warps": plan.warps, "registers": plan.registers}
+    return " ".join(f"{name}={number}" for name, number in numbers.items() if number is not None)
 
 
 def nvidia_counts(case: Case, compiled: CompiledKernel) -> dict:
@@ -213,7 +227,7 @@ def nvidia_counts(case: Case, compiled: CompiledKernel) -> dict:
     opcodes = [op for op, _, _ in code]
     loops = _loops(code) or {(0, len(code))}
     loads = [
-        _load_bits(op) if op.startswith("LDG") and frames & VALUE_LOADS and any(a <= i < b for a, b in loops) else 0
+        _load_bits(op) if op.startswith("LDG") and _of_value(frames) and any(a <= i < b for a, b in loops) else 0
         for i, (op, frames, _) in enumerate(code)
     ]
     return {
@@ -253,6 +267,14 @@ def parse_sass(listing: str) -> list[tuple[str, set[tuple[str, int]], int | None
     return [(opcode, frames, labels[label] if label else None) for opcode, frames, label in code]
 
 
+def _of_value(frames: set[tuple[str, int]]) -> bool:
+    """Whether a load with these source lines, its own and those that it was inlined at, is one of value.
+
+    What is loaded besides is of a sample, a number or grad_out. Some loads have no line but the kernel's: see `_loops`.
+    """
+    return not frames & GRAD_OUT_LOADS and not any(file in ("sample.py", "dtypes.py") for file, _ in frames)
+
+
 def _load_bits(opcode: str) -> int:
     bits = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
     return int(bits[1]) if bits else 32
@@ -274,19 +296,15 @@ def _loops(code: list) -> set[tuple[int, int]]:
 def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
     if case.kernel == "bound":
         return None  # it reads nothing of value, by which rounds are counted
+    plan = launched(case).plan
+    rows = plan.BLOCK_Q * plan.SHARE
     block_d = triton.next_power_of_2(case.channels)
-    arguments = launch_arguments(case.kernel, case.variant, case.dtype, case.channels)
-    tile = block_d * (1 if arguments["VEC"] else 8)
-    numbers = _numbers(case.config)
-    split = numbers.get("SPLIT", 1)
-    share = split if arguments["P"] and arguments["P"] % split == 0 else 1
-    rows = min(max(numbers["TILE"] // tile, share), 128)
-    threads = 32 * case.warps
+    threads = 32 * plan.warps
     levels = len(ENCODER.levels)
     # what one thread loads of one corner of one sample in all its rows
     bits = max(rows * block_d * DTYPES[case.dtype].itemsize * 8 // threads, max(loads))
-    issued = issued_instructions(code, loads, bits * 4 * levels * ENCODER.P // share, levels)
-    return None if issued is None else round(issued * case.warps * share / rows, 1)
+    issued = issued_instructions(code, loads, bits * 4 * levels * ENCODER.P // plan.SHARE, levels)
+    return None if issued is None else round(issued * plan.warps / plan.BLOCK_Q, 1)
 
 
 def issued_instructions(code: list, loads: list[int], load_bits: int, levels: int) -> float | None:
@@ -315,7 +333,7 @@ def amd_counts(case: Case, compiled: CompiledKernel) -> dict:
     for line in code.splitlines():
         if re.match(r"\s*\.loc\s", line):
             frames = {(file, int(number)) for file, number in re.findall(r"([\w.]+):(\d+):\d+", line)}
-            of_value = bool(frames & VALUE_LOADS)
+            of_value = _of_value(frames) and "channels.py" in {file for file, _ in frames}
         elif of_value and (load := re.match(r"\s*(?:global|buffer|flat)_load_(\w+)", line)):
             loads.append(_amd_bits(load[1]))
     # one value per kernel in its metadata, and no function but the kernel
@@ -393,8 +411,7 @@ def is_default(row: dict) -> bool:
     if row["kernel"] == "bound":
         return True
     kind = row["kernel"], row["variant"], row["dtype"], int(row["channels"]), row["target"]
-    names = [(config_name(config), config.num_warps) for config in default_configs(*kind)]
-    return (row["config"], int(row["warps"])) in names
+    return row["config"] in default_configs(*kind)
 
 
 if __name__ == "__main__":

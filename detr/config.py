@@ -63,8 +63,8 @@ class Config:
     weight_decay: float = 1e-4  # AdamW, on every parameter as the original does
     clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
     batch_size: int = 32  # images per optimiser step, over all processes and accumulated batches
-    # batches that a process computes one after the other for each optimiser step; 0: so many that they have 2 images at
-    # most, which is what a GPU had at a time in the original runs
+    # batches that a process computes one after the other for each optimiser step; 0 chooses it so that a process holds
+    # at most 2 images at a time, as in the original runs
     accumulate: int = 0
     epochs: int = 50  # passes over the training images
     steps: int | None = None  # optimiser steps; if set, they decide and not epochs

@@ -138,21 +138,14 @@ class _NodeAttention(MSDeformAttn):
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
         B, Q, _ = query.shape
-        M, L, P = self.n_heads, self.n_levels, self.n_points
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0)
-        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
-        reference = reference_points[:, :, None, :, None]
+        locations, weights = self.locations_and_weights(query, reference_points, input_spatial_shapes)
         shapes = torch.tensor(input_spatial_shapes, dtype=torch.int32)
-        if reference.shape[-1] == 2:
-            locations = reference + offsets / shapes.flip(-1)[:, None]
-        else:
-            locations = reference[..., :2] + offsets * (reference[..., 2:] * 0.5 / P)
         areas = [H * W for H, W in input_spatial_shapes]
-        starts = torch.tensor([sum(areas[:l]) for l in range(L)], dtype=torch.int32)
-        value = value.view(B, input_flatten.shape[1], M, self.d_model // M)
+        starts = torch.tensor([sum(areas[:l]) for l in range(len(areas))], dtype=torch.int32)
+        value = value.view(B, input_flatten.shape[1], self.n_heads, self.d_model // self.n_heads)
         shape = (B, Q, *value.shape[2:]) if self.heads_apart else (B, Q, self.d_model)
         out = torch.onnx.ops.symbolic(
             self.node, (value, shapes, starts, locations, weights), self.attributes, dtype=value.dtype, shape=shape,

@@ -1,6 +1,7 @@
 """Where a query looks: the sampling points of the decoder, drawn as in the paper's Figure 6 (arXiv 2010.04159)."""
 
 import colorsys
+import inspect
 
 import torch
 from PIL import Image, ImageDraw
@@ -25,29 +26,21 @@ def sampling_points(model: nn.Module, image: Tensor, layer: int = -1) -> tuple[d
     if not isinstance(attention, MSDeformAttn):
         raise ValueError("attention: a model with global attention has no sampling points")
     seen = []
-    hook = attention.register_forward_pre_hook(lambda _, args: seen.append(args[:4]))
+    arguments_of = inspect.signature(attention.forward).bind
+    hook = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(arguments_of(*args, **kwargs).arguments), with_kwargs=True
+    )
     try:
         with torch.inference_mode():
             outputs = model(image[None], torch.zeros(1, *image.shape[1:], dtype=torch.bool, device=image.device))
     finally:
         hook.remove()
-    [(query, reference, _, shapes)] = seen
+    [given] = seen
     with torch.inference_mode():
-        return outputs, *_locations_and_weights(attention, query[0], reference[0], shapes)
-
-
-def _locations_and_weights(
-    attention: MSDeformAttn, query: Tensor, reference: Tensor, shapes: list[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """Appendix A.2 and A.4 of the paper, for queries [Q, C] and their reference points or boxes [Q, L, 2 or 4]."""
-    M, L, P = attention.n_heads, attention.n_levels, attention.n_points
-    offsets = attention.sampling_offsets(query).view(-1, M, L, P, 2)
-    weights = attention.attention_weights(query).view(-1, M, L * P).softmax(-1).view(-1, M, L, P)
-    reference = reference[:, None, :, None]  # [Q, 1, L, 1, 2 or 4]
-    if reference.shape[-1] == 2:
-        size = torch.tensor([(W, H) for H, W in shapes], device=query.device)[:, None]  # [L, 1, 2]
-        return reference + offsets / size, weights
-    return reference[..., :2] + offsets / P * reference[..., 2:] * 0.5, weights
+        locations, weights = attention.locations_and_weights(
+            given["query"], given["reference_points"], given["input_spatial_shapes"]
+        )
+    return outputs, locations[0], weights[0]
 
 
 def draw_sampling_points(

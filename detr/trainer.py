@@ -92,7 +92,7 @@ class Trainer:
         self.best_ap = -1.0
         self.stale = 0  # evaluations since the best one
         self.skipped = 0  # steps in a row whose loss or gradient was not finite
-        self.culprit = False  # the last such was made so by a batch of this process, as far as one can tell
+        self.culprit = False  # this process's batch caused the last skipped step (best guess)
         self.unreadable: list[str] = []  # messages, one for each image file
         self.stopping = False  # a process was asked to stop, and all know
         self.sums: Counter[str] = Counter()  # of the losses since the last line of metrics.jsonl

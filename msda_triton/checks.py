@@ -4,11 +4,11 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from msda_triton.call import Call
 from msda_triton.constants import constant, traced
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,24 +94,51 @@ def _integers(name: str, x, numbers: Sequence, expected: str) -> tuple[int, ...]
     return tuple(found)
 
 
-def samples(
-    value: Tensor, locations_name: str, locations: Tensor, weights_name: str, weights: Tensor, num_points
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Locations [B, Q, M, K, 2] and weights [B, Q, M, K] that fit value [B, S, M, D], and the points of each level.
+def plain_call(
+    value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor, level_start_index=None, num_points=None,
+    names: tuple[str, str] = ("sampling_locations", "attention_weights"),
+) -> Call:  # fmt: skip
+    """The arguments of `functional.ms_deform_attn` as a `Call`.
 
     Args:
-        num_points: as in `functional.ms_deform_attn`.
+        names: of locations and weights, for messages.
     """
     points = None
     if num_points is not None:
         expected = "the number of points of each level, as integers"
         points = _integers("num_points", num_points, _listed("num_points", num_points, expected), expected)
-    found = facts("value", value), facts(locations_name, locations), facts(weights_name, weights)
+    found = facts("value", value), facts(names[0], locations), facts(names[1], weights)
     check = _check_samples if traced(value, locations, weights) else _known_samples
-    points = check(*found, locations_name, weights_name, points)
+    points = check(*found, *names, points)
     if num_points is None:
         locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
-    return locations, weights, list(points)
+    shapes, starts, sizes = _levels(value, spatial_shapes, level_start_index, len(points))
+    known = () if sizes is None or torch.compiler.is_exporting() else sizes
+    sizes = [n for size in known for n in size]
+    return Call(value, shapes, starts, locations, weights, list(points), level_sizes=sizes)
+
+
+def fused_call(
+    value: Tensor, spatial_shapes, reference_points: Tensor, offsets: Tensor, logits: Tensor, level_start_index=None,
+    value_mask: Tensor | None = None, num_points=None,
+) -> Call:  # fmt: skip
+    """The arguments of `functional.ms_deform_attn_fused` as a `Call`."""
+    names = "sampling_offsets", "attention_logits"
+    call = plain_call(value, spatial_shapes, offsets, logits, level_start_index, num_points, names)
+    check_reference_points(reference_points, call.locations, len(call.num_points))
+    if value_mask is not None:
+        check_mask("value_mask", value_mask, value.shape[:2], value.device)
+    return call._replace(reference_points=reference_points, value_mask=value_mask)
+
+
+def check_reference_points(reference_points: Tensor, offsets: Tensor, L: int) -> None:
+    """Of offsets [B, Q, ...] in L levels."""
+    shape, dtype, device = facts("reference_points", reference_points)
+    check_float("reference_points", dtype)
+    check_device("reference_points", device, offsets.device)
+    B, Q = offsets.shape[:2]
+    if len(shape) != 4 or shape[:2] != (B, Q) or shape[2] not in (1, L) or shape[3] not in (2, 4):
+        raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", shape)
 
 
 def _check_samples(
@@ -149,22 +176,10 @@ def _check_samples(
 _known_samples = functools.lru_cache(maxsize=1024)(_check_samples)
 
 
-class Levels(NamedTuple):
-    """Sizes and first tokens of the levels."""
+def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> tuple[Tensor, Tensor | None, tuple | None]:
+    """Level sizes [L, 2] and starts [L] on value's device, and the sizes as pairs of ints if the host knows them.
 
-    shapes: Tensor  # [L, 2] (H, W), on value's device
-    starts: Tensor | None  # [L]
-    sizes: tuple[tuple[int, int], ...] | None  # the shapes, if the host knows them
-
-    def of_queries(self, Q: int) -> list[int]:
-        """H, W of each level if the Q queries may be their pixels, else nothing: see `launch.kernel_arguments`."""
-        if self.sizes is None or torch.compiler.is_exporting() or sum(H * W for H, W in self.sizes) != Q:
-            return []
-        return [n for size in self.sizes for n in size]
-
-
-def levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> Levels:
-    """Level sizes and starts as tensors on value's device, checked against S where the host knows them.
+    Checked against S where they are known.
 
     Args:
         spatial_shapes, level_start_index: as in `functional.ms_deform_attn`, for L levels.
@@ -175,7 +190,7 @@ def levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> Levels:
         with contextlib.suppress(TypeError):  # something in there is no integer: what follows says so
             if numbers:
                 sizes = _known_sizes(value.shape[1], L, *numbers)
-                return Levels(constant(sizes, value), None, sizes)
+                return constant(sizes, value), None, sizes
     sizes = starts = None
     if isinstance(spatial_shapes, Tensor):
         numbers = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), value, known)
@@ -195,7 +210,7 @@ def levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> Levels:
     in_order = level_start_index is None
     (_known_levels if known else _check_levels)(sizes, starts, in_order, value.shape[1])
     first = None if in_order else _on_device(level_start_index, starts, value)
-    return Levels(_on_device(spatial_shapes, sizes, value), first, sizes)
+    return _on_device(spatial_shapes, sizes, value), first, sizes
 
 
 def _pairs_of_usual_classes(x) -> list:
@@ -207,6 +222,14 @@ def _pairs_of_usual_classes(x) -> list:
                 return []
             numbers += row
     return numbers
+
+
+def level_shapes(spatial_shapes, L: int, like: Tensor) -> Tensor:
+    """[L, 2] (H, W) on like's device, of what `functional.ms_deform_attn` takes as spatial_shapes."""
+    if isinstance(spatial_shapes, Tensor):
+        numbers = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), like, not traced(like))
+        return _on_device(spatial_shapes, numbers and tuple(map(tuple, numbers)), like)
+    return constant(_size_pairs(spatial_shapes, L), like)
 
 
 # typed: 2.0 and True are no sizes, though they equal 2 and 1

@@ -4,15 +4,16 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from msda_triton import checks
+from msda_triton.call import Call
 from msda_triton.constants import traced
-from msda_triton.op import AttentionBackward, attention
-from msda_triton.reference import discrete_attention, locations_and_weights, ms_deform_attn_reference
+from msda_triton.op import Attention, AttentionBackward, needs_gradient
+from msda_triton.reference import discrete_attention, ms_deform_attn_reference, plain
 
 BACKENDS = ("auto", "triton", "torch", "inductor")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -56,11 +57,11 @@ def ms_deform_attn(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    locations, weights, num_points = checks.samples(
-        value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, num_points
+    call = checks.plain_call(
+        value, spatial_shapes, sampling_locations, attention_weights, level_start_index, num_points
     )
-    levels = checks.levels(value, spatial_shapes, level_start_index, len(num_points))
-    return _attend(value, levels, locations, weights, None, None, num_points, method, backend)
+    function, arguments = _resolve(call, method, backend)
+    return function(*arguments)
 
 
 def ms_deform_attn_fused(
@@ -92,20 +93,12 @@ def ms_deform_attn_fused(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    offsets, logits, num_points = checks.samples(
-        value, "sampling_offsets", sampling_offsets, "attention_logits", attention_logits, num_points
-    )
-    L = len(num_points)
-    shape, dtype, device = checks.facts("reference_points", reference_points)
-    checks.check_float("reference_points", dtype)
-    checks.check_device("reference_points", device, value.device)
-    B, Q = offsets.shape[:2]
-    if len(shape) != 4 or shape[:2] != (B, Q) or shape[2] not in (1, L) or shape[3] not in (2, 4):
-        checks.raise_shape("reference_points", f"({B}, {Q}, {L} or 1, 2 or 4)", shape)
-    if value_mask is not None:
-        checks.check_mask("value_mask", value_mask, value.shape[:2], value.device)
-    levels = checks.levels(value, spatial_shapes, level_start_index, L)
-    return _attend(value, levels, offsets, logits, reference_points, value_mask, num_points, method, backend)
+    call = checks.fused_call(
+        value, spatial_shapes, reference_points, sampling_offsets, attention_logits, level_start_index, value_mask,
+        num_points,
+    )  # fmt: skip
+    function, arguments = _resolve(call, method, backend)
+    return function(*arguments)
 
 
 def ms_deform_attn_backward(
@@ -127,21 +120,16 @@ def ms_deform_attn_backward(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    locations, weights, num_points = checks.samples(
-        value, "sampling_locations", sampling_locations, "attention_weights", attention_weights, None
-    )
-    B, Q, M = weights.shape[:3]
+    call = checks.plain_call(value, spatial_shapes, sampling_locations, attention_weights, level_start_index)
+    B, Q, M = call.weights.shape[:3]
     shape, dtype, device = checks.facts("grad_out", grad_out)
     if shape != (B, Q, M * value.shape[3]):
         checks.raise_shape("grad_out", (B, Q, M * value.shape[3]), shape)
     checks.check_float("grad_out", dtype)
     checks.check_device("grad_out", device, value.device)
-    levels = checks.levels(value, spatial_shapes, level_start_index, len(num_points))
-    sizes, needs = levels.of_queries(Q), [True, True, True, False]
-    grad_value, grad_locations, grad_weights, _ = AttentionBackward.apply(
-        grad_out, value, levels.shapes, levels.starts, locations, weights, num_points, None, None, sizes, needs,
-        _backend(value, backend),
-    )  # fmt: skip
+    needs = [True, True, True, False]
+    grads = AttentionBackward.apply(grad_out, *call, needs, _backend(value, backend))
+    grad_value, grad_locations, grad_weights, _ = grads
     return grad_value, grad_locations.view(sampling_locations.shape), grad_weights.view(attention_weights.shape)
 
 
@@ -167,28 +155,22 @@ class MSDeformAttnFunction:
         )
 
 
-def _attend(value, levels, locations, weights, points, mask, num_points, method, backend) -> Tensor:
+def _resolve(call: Call, method: str, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+    """What computes a call, and its arguments."""
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    backend = _backend(value, backend)
-    shapes, starts, _ = levels
-    if backend == "triton" and method == "default":
-        sizes = levels.of_queries(weights.shape[1])
-        return attention(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend)
-    if points is not None:
-        locations, weights = locations_and_weights(value, shapes, locations, weights, points, num_points)
-    if mask is not None:
-        value = value.masked_fill(mask[:, :, None, None], 0)
+    backend = _backend(call.value, backend)
     if method != "default":
-        return discrete_attention(value, shapes, starts, locations, weights, num_points, method)
-    if (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or (value.device.type != "cpu" and traced(value, locations, weights))
-    ):
-        # plain operators, which ONNX, AOTInductor and other runtimes know
-        return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points)
-    return attention(value, shapes, starts, locations, weights, num_points, None, None, [], backend)
+        return discrete_attention, (call, method)
+    if backend != "triton":
+        call = plain(call)._replace(level_sizes=())
+        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if exported or (call.value.device.type != "cpu" and traced(call.value, call.locations, call.weights)):
+            # plain operators, which ONNX, AOTInductor and other runtimes know
+            return ms_deform_attn_reference, (call,)
+    if needs_gradient(call):
+        return Attention.apply, (*call, backend)
+    return Attention.forward, (None, *call, backend)
 
 
 @functools.cache

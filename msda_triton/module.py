@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from msda_triton import checks
 from msda_triton.functional import check_backend, ms_deform_attn_fused
+from msda_triton.reference import compute_dtype, sampling_locations
 
 
 class MSDeformAttn(nn.Module):
@@ -80,22 +81,51 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        B, Q = _check_tokens("query", query, ("B", "Q", self.d_model), self.sampling_offsets)
+        B, _ = _check_tokens("query", query, ("B", "Q", self.d_model), self.sampling_offsets)
         _, S = _check_tokens("input_flatten", input_flatten, (B, "S", self.d_model), self.value_proj)
         if input_padding_mask is not None:
             checks.check_mask("input_padding_mask", input_padding_mask, (B, S), input_flatten.device)
-        M, L, P = self.n_heads, self.n_levels, self.n_points
+        offsets, logits = self._offsets_and_logits(query)
         out = ms_deform_attn_fused(
-            self.value_proj(input_flatten).view(B, S, M, self.d_model // M),
+            self.value_proj(input_flatten).view(B, S, self.n_heads, self.d_model // self.n_heads),
             input_spatial_shapes,
             reference_points,
-            self.sampling_offsets(query).view(B, Q, M, L, P, 2),
-            self.attention_weights(query).view(B, Q, M, L, P),
+            offsets,
+            logits,
             level_start_index=input_level_start_index,
             value_mask=input_padding_mask,
             backend=self.backend,
         )
         return self.output_proj(out)
+
+    def locations_and_weights(
+        self, query: Tensor, reference_points: Tensor, input_spatial_shapes: Tensor | list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where the queries sample, and how much each sample counts: what `forward` computes inside the kernel.
+
+        For pictures, and for engines whose own operator takes locations and weights.
+
+        Args:
+            query, reference_points, input_spatial_shapes: as in `forward`.
+        Returns:
+            locations [B, Q, M, L, P, 2] (x, y) in units of the level's size, padding included, which they may leave;
+            weights [B, Q, M, L, P], which sum to 1 for each query and head. Both in float32 at least.
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        _check_tokens("query", query, ("B", "Q", self.d_model), self.sampling_offsets)
+        offsets, logits = self._offsets_and_logits(query)
+        shapes = checks.level_shapes(input_spatial_shapes, self.n_levels, query)
+        checks.check_reference_points(reference_points, offsets.flatten(3, 4), self.n_levels)
+        dtype = compute_dtype(offsets, logits, reference_points)
+        points, flat = reference_points.to(dtype), offsets.flatten(3, 4).to(dtype)
+        locations = sampling_locations(points, flat, shapes, [self.n_points] * self.n_levels)
+        return locations.view(offsets.shape), logits.flatten(3).to(dtype).softmax(-1).view(logits.shape)
+
+    def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, Q, M, L, P, 2] and [B, Q, M, L, P]."""
+        shape = (*query.shape[:2], self.n_heads, self.n_levels, self.n_points)
+        return self.sampling_offsets(query).view(*shape, 2), self.attention_weights(query).view(shape)
 
 
 def _check_tokens(name: str, x: Tensor, expected: tuple, layer: nn.Module) -> tuple[int, int]:

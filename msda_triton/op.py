@@ -11,72 +11,178 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from msda_triton.call import Call
 from msda_triton.constants import traced
-from msda_triton.fallback import fallback_backward, fallback_forward
-from msda_triton.inductor import inductor_backward, inductor_forward
-from msda_triton.reference import ms_deform_attn_reference, reference_attention
+from msda_triton.cpu.fallback import fallback_backward, fallback_forward
+from msda_triton.cpu.inductor import inductor_backward, inductor_forward
+from msda_triton.reference import ms_deform_attn_reference
 
+# the fields of a Call; the fallback has those of plain calls
 _PLAIN = (
     "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor locations, Tensor weights, "
     "SymInt[] num_points"
 )
-_INPUTS = f"{_PLAIN}, Tensor? reference_points, Tensor? value_mask, SymInt[] query_sizes"
+_FUSED = f"{_PLAIN}, Tensor? reference_points, Tensor? value_mask, SymInt[] level_sizes"
 _library = torch.library.Library("msda_triton", "DEF")
 for _schema in (
-    f"forward({_INPUTS}) -> Tensor",
-    f"backward(Tensor grad_out, {_INPUTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"forward({_FUSED}) -> Tensor",
+    f"backward(Tensor grad_out, {_FUSED}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     f"fallback_forward({_PLAIN}) -> Tensor",
     f"fallback_backward(Tensor grad_out, {_PLAIN}, bool[] needs) -> (Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_PLAIN_FIELDS = 6  # a Call's first ones, of which all but the last are tensors
 
 
-def _forward(value, shapes, starts, locations, weights, num_points, points, mask, sizes):
-    from msda_triton.forward import launch_forward
-    from msda_triton.launch import on_device
+def _forward(*operands):
+    from msda_triton.kernels import launch
 
-    with on_device(value):
-        return launch_forward(value, shapes, starts, locations, weights, num_points, points, mask, sizes)
+    return launch.forward(Call(*operands))
 
 
-def _backward(grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs):
-    from msda_triton.backward import launch_backward
-    from msda_triton.launch import on_device
+def _backward(grad_out, *operands_and_needs):
+    from msda_triton.kernels import launch
 
-    with on_device(value):
-        grads = launch_backward(
-            grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs
-        )
-    return _without_none(value, grads)
+    *operands, needs = operands_and_needs
+    call = Call(*operands)
+    return _without_none(call, launch.backward(grad_out, call, needs))
 
 
-def _fallback_backward(grad_out, value, shapes, starts, locations, weights, num_points, needs):
-    grads = fallback_backward(grad_out, value, shapes, starts, locations, weights, num_points, tuple(needs))
-    return tuple(grad.contiguous() for grad in _without_none(value, grads))
+def _fallback_forward(*operands):
+    return fallback_forward(Call(*operands))
 
 
-def _without_none(value: Tensor, grads) -> tuple[Tensor, ...]:
+def _fallback_backward(grad_out, *operands_and_needs):
+    *operands, needs = operands_and_needs
+    call = Call(*operands)
+    return tuple(grad.contiguous() for grad in _without_none(call, fallback_backward(grad_out, call, needs)))
+
+
+def _without_none(call: Call, grads) -> tuple[Tensor, ...]:
     """An operator returns tensors only: an empty one stands for a gradient that nobody asked for."""
-    return tuple(value.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(call.value.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _forward_fake(value, shapes, starts, locations, weights, *_):
-    return value.new_empty(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+def _with_none(grads, needs) -> tuple[Tensor | None, ...]:
+    """The inverse of `_without_none`."""
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-def _backward_fake(grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs):
-    return _empty_gradients(value, (value, locations, weights, points), needs)
+def _forward_fake(*operands):
+    call = Call(*operands)
+    B, _, M, D = call.value.shape
+    return call.value.new_empty(B, call.weights.shape[1], M * D)
 
 
-def _fallback_backward_fake(grad_out, value, shapes, starts, locations, weights, num_points, needs):
-    return _empty_gradients(value, (value, locations, weights), needs)
-
-
-def _empty_gradients(value: Tensor, inputs, needs) -> tuple[Tensor, ...]:
+def _backward_fake(grad_out, *operands_and_needs):
+    *operands, needs = operands_and_needs
+    call = Call(*operands)
     return tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else value.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else call.value.new_empty(0)
+        for x, need in zip(_differentiable(call), needs, strict=False)  # the fallback has no fourth
     )
+
+
+def _differentiable(call: Call) -> tuple[Tensor | None, ...]:
+    return call.value, call.locations, call.weights, call.reference_points
+
+
+def _save(ctx, call: Call, *tensors: Tensor) -> None:
+    """Keep a call, and some tensors besides, for `_saved`."""
+    ctx.save_for_backward(*call[: _PLAIN_FIELDS - 1], call.reference_points, call.value_mask, *tensors)
+    ctx.num_points, ctx.level_sizes = call.num_points, call.level_sizes
+
+
+def _saved(ctx) -> tuple:
+    """The call and the tensors that were kept."""
+    *plain, points, mask = ctx.saved_tensors[: _PLAIN_FIELDS + 1]
+    return Call(*plain, ctx.num_points, points, mask, ctx.level_sizes), *ctx.saved_tensors[_PLAIN_FIELDS + 1 :]
+
+
+class Attention(torch.autograd.Function):
+    """Attention with one pass per direction: apply(*call, backend)."""
+
+    @staticmethod
+    def forward(ctx, *operands_and_backend):
+        """Without a ctx nothing is kept: what `apply` does, without its cost, where no gradient can be asked for."""
+        *operands, backend = operands_and_backend
+        call = Call(*operands)
+        if ctx is not None:
+            _save(ctx, call)
+            ctx.backend = backend
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(*_differentiable(call))
+        if backend == "triton":
+            return _forward_op(*call)
+        if call.value.device.type != "cpu":
+            return ms_deform_attn_reference(call)
+        if traced(call.value, call.locations, call.weights):
+            return _fallback_forward_op(*call[:_PLAIN_FIELDS])
+        return inductor_forward(call) if backend == "inductor" else fallback_forward(call)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        (call,) = _saved(ctx)
+        # the operators have no argument `backend`, and the fallback's none that is fused
+        value, _, _, locations, weights, _, *fused = ctx.needs_input_grad
+        needs = [value, locations, weights, call.reference_points is not None and fused[0]]
+        if torch.is_grad_enabled():
+            grads = AttentionBackward.apply(grad_out, *call, needs, ctx.backend)
+        else:
+            grads = AttentionBackward.forward(None, grad_out, *call, needs, ctx.backend)
+        return *_in_their_places(grads), None
+
+
+class AttentionBackward(torch.autograd.Function):
+    """The backward of `Attention`, whose own gradient goes through the differentiable reference.
+
+    apply(grad_out, *call, needs, backend), with needs for value, locations, weights and reference points.
+    """
+
+    @staticmethod
+    def forward(ctx, grad_out, *operands_needs_and_backend):
+        *operands, needs, backend = operands_needs_and_backend
+        call = Call(*operands)
+        if ctx is not None:
+            _save(ctx, call, grad_out)
+            ctx.needs = needs
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(grad_out, *_differentiable(call))
+        if backend == "triton":
+            return _with_none(_backward_op(grad_out, *call, needs), needs)
+        needs = needs[:3]
+        if call.value.device.type != "cpu":
+            return *_reference_gradients(grad_out, call, needs), None
+        if traced(call.value, call.locations, call.weights, grad_out):
+            grads = _fallback_backward_op(grad_out, *call[:_PLAIN_FIELDS], needs)
+            return *_with_none(grads, needs), None
+        run = inductor_backward if backend == "inductor" else fallback_backward
+        return *run(grad_out, call, needs), None
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        call, grad_out = _saved(ctx)
+        needs = ctx.needs
+        if not any(needs):
+            return (None,) * (1 + len(call) + 2)
+        higher = torch.is_grad_enabled()
+        with torch.enable_grad():
+            grad_out, *inputs = (_leaf(x, higher) for x in (grad_out, *_differentiable(call)))
+            value, locations, weights, points = inputs
+            call = call._replace(value=value, locations=locations, weights=weights, reference_points=points)
+            wanted = [x for x, need in zip(inputs, needs, strict=False) if need]  # the fallback has no fourth
+            grads = torch.autograd.grad(ms_deform_attn_reference(call), wanted, grad_out, create_graph=True)
+            given = [g for g, need in zip(grad_grads, needs, strict=True) if need]
+            second = [x for x in (grad_out, *inputs) if x is not None]
+            results = iter(torch.autograd.grad(grads, second, given, create_graph=higher, allow_unused=True))
+        grad_grad_out, *grads = (None if x is None else next(results) for x in (grad_out, *inputs))
+        return grad_grad_out, *_in_their_places(grads), None, None
+
+
+def _in_their_places(grads) -> tuple[Tensor | None, ...]:
+    """Gradients of value, locations, weights and reference points, as those of a Call's fields."""
+    value, locations, weights, points = grads
+    return tuple(Call(value, None, None, locations, weights, None, points, None, None))
 
 
 def _leaf(x: Tensor | None, connected: bool) -> Tensor | None:
@@ -86,71 +192,15 @@ def _leaf(x: Tensor | None, connected: bool) -> Tensor | None:
     return x.detach().requires_grad_()
 
 
-class Attention(torch.autograd.Function):
-    """Attention with one pass per direction. Locations are offsets and weights logits if reference points are given."""
-
-    @staticmethod
-    def forward(ctx, value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend):
-        ctx.save_for_backward(value, shapes, starts, locations, weights, points, mask)
-        ctx.options = num_points, sizes, backend
-        return _result(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend)
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        value, shapes, starts, locations, weights, points, mask = ctx.saved_tensors
-        num_points, sizes, backend = ctx.options
-        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)] + [points is not None and ctx.needs_input_grad[6]]
-        run = AttentionBackward.apply if torch.is_grad_enabled() else _gradients
-        grads = run(
-            grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs, backend
-        )
-        grad_value, grad_locations, grad_weights, grad_points = grads
-        return grad_value, None, None, grad_locations, grad_weights, None, grad_points, None, None, None
-
-
-class AttentionBackward(torch.autograd.Function):
-    """The backward of `Attention`, whose own gradient goes through the differentiable reference."""
-
-    @staticmethod
-    def forward(
-        ctx, grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs, backend
-    ):
-        ctx.save_for_backward(grad_out, value, shapes, starts, locations, weights, points, mask)
-        ctx.options = num_points, needs
-        return _gradients(
-            grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs, backend
-        )
-
-    @staticmethod
-    def backward(ctx, *grad_grads):
-        grad_out, value, shapes, starts, locations, weights, points, mask = ctx.saved_tensors
-        num_points, needs = ctx.options
-        if not any(needs):
-            return (None,) * 12
-        higher = torch.is_grad_enabled()
-        with torch.enable_grad():
-            grad_out, *inputs = (_leaf(x, higher) for x in (grad_out, value, locations, weights, points))
-            out = reference_attention(inputs[0], shapes, starts, *inputs[1:3], num_points, inputs[3], mask)
-            wanted = [x for x, need in zip(inputs, needs, strict=False) if need]  # the fallback has no fourth
-            grads = torch.autograd.grad(out, wanted, grad_out, create_graph=True)
-            given = [g for g, need in zip(grad_grads, needs, strict=True) if need]
-            second = [x for x in (grad_out, *inputs) if x is not None]
-            results = iter(torch.autograd.grad(grads, second, given, create_graph=higher, allow_unused=True))
-        grad_grad_out, value, locations, weights, points = (
-            None if x is None else next(results) for x in (grad_out, *inputs)
-        )
-        return grad_grad_out, value, None, None, locations, weights, None, points, None, None, None, None
-
-
-def attention(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend) -> Tensor:
-    """`Attention.apply`, or what it does without its cost where no gradient can be asked for."""
-    inputs = (value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend)
-    if torch.is_grad_enabled():
-        if value.requires_grad or locations.requires_grad or weights.requires_grad:
-            return Attention.apply(*inputs)
-        if points is not None and points.requires_grad:
-            return Attention.apply(*inputs)
-    return _result(*inputs)
+def _reference_gradients(grad_out: Tensor, call: Call, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """Of value, locations and weights, on devices that neither the kernels nor the fallback are for."""
+    inputs = [x.detach().requires_grad_(need) for x, need in zip(_differentiable(call), needs, strict=False)]
+    value, locations, weights = inputs
+    with torch.enable_grad():
+        out = ms_deform_attn_reference(call._replace(value=value, locations=locations, weights=weights))
+    wanted = [x for x in inputs if x.requires_grad]
+    grads = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
+    return tuple(next(grads) if need else None for need in needs)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
@@ -163,91 +213,45 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         )
 
 
-def _result(value, shapes, starts, locations, weights, num_points, points, mask, sizes, backend) -> Tensor:
-    inputs = (value, shapes, starts, locations, weights, num_points)
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(value, locations, weights, points)
-    if backend == "triton":
-        return _forward_op(*inputs, points, mask, sizes)
-    if value.device.type != "cpu":
-        return ms_deform_attn_reference(*inputs)
-    if traced(value, locations, weights):
-        return _fallback_forward_op(*inputs)
-    return (inductor_forward if backend == "inductor" else fallback_forward)(*inputs)
-
-
-def _gradients(
-    grad_out, value, shapes, starts, locations, weights, num_points, points, mask, sizes, needs, backend
-) -> tuple[Tensor | None, ...]:
-    inputs = (grad_out, value, shapes, starts, locations, weights, num_points)
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(grad_out, value, locations, weights, points)
-    if backend == "triton":
-        return _with_none(_backward_op(*inputs, points, mask, sizes, needs), needs)
-    if value.device.type != "cpu":
-        return *_reference_gradients(*inputs, needs[:3]), None
-    if traced(value, locations, weights, grad_out):
-        return *_with_none(_fallback_backward_op(*inputs, needs[:3]), needs[:3]), None
-    run = inductor_backward if backend == "inductor" else fallback_backward
-    return *run(*inputs, tuple(needs[:3])), None
-
-
-def _with_none(grads, needs) -> tuple[Tensor | None, ...]:
-    """The inverse of `_without_none`."""
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _reference_gradients(grad_out, value, shapes, starts, locations, weights, num_points, needs):
-    """Of value, locations and weights, on devices that neither the kernels nor the fallback are for."""
-    inputs = [x.detach().requires_grad_(need) for x, need in zip((value, locations, weights), needs, strict=True)]
-    with torch.enable_grad():
-        out = ms_deform_attn_reference(inputs[0], shapes, starts, *inputs[1:], num_points)
-    wanted = [x for x in inputs if x.requires_grad]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
-    return tuple(next(grads) if need else None for need in needs)
+def needs_gradient(call: Call) -> bool:
+    """Whether a gradient of a call can be asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _differentiable(call))
 
 
 def _keep_forward(ctx, inputs, output) -> None:
-    value, shapes, starts, locations, weights, num_points, *fused = inputs
-    points, mask, sizes = fused or (None, None, [])
-    ctx.save_for_backward(value, shapes, starts, locations, weights, points, mask)
-    ctx.options = num_points, sizes, "triton" if fused else "torch"
+    _save(ctx, Call(*inputs))
+    ctx.backend = "triton" if len(inputs) == len(Call._fields) else "torch"
 
 
 def _keep_backward(ctx, inputs, output) -> None:
-    *tensors, num_points, points, mask, _, needs = inputs
-    ctx.save_for_backward(*tensors, points, mask)
-    ctx.options = num_points, needs
-
-
-def _keep_fallback_backward(ctx, inputs, output) -> None:
-    *tensors, num_points, needs = inputs
-    ctx.save_for_backward(*tensors, None, None)
-    ctx.options = num_points, needs
+    grad_out, *operands, ctx.needs = inputs
+    _save(ctx, Call(*operands), grad_out)
 
 
 def _register_derivatives() -> None:
-    """The operators' own, by the autograd functions; they lack `backend`, and the fallback's all that is fused."""
+    """The operators' own, by the autograd functions: without `backend`, and the fallback's without what is fused."""
     register = functools.partial(torch.library.register_autograd, lib=_library)
-    first, second = Attention.backward, AttentionBackward.backward
-    register("msda_triton::forward", lambda ctx, grad: first(ctx, grad)[:9], setup_context=_keep_forward)
-    register("msda_triton::fallback_forward", lambda ctx, grad: first(ctx, grad)[:6], setup_context=_keep_forward)
-    register("msda_triton::backward", lambda ctx, *grads: second(ctx, *grads)[:11], setup_context=_keep_backward)
-    register(
-        "msda_triton::fallback_backward",
-        lambda ctx, *grads: (*second(ctx, *grads)[:7], None),
-        setup_context=_keep_fallback_backward,
-    )
+
+    def forward(ctx, grad_out):
+        return Attention.backward(ctx, grad_out)[: len(Call._fields) if ctx.backend == "triton" else _PLAIN_FIELDS]
+
+    def backward(ctx, *grads):
+        grad_grad_out, *grads = AttentionBackward.backward(ctx, *grads)
+        return grad_grad_out, *grads[: len(Call._fields) if len(ctx.needs) == 4 else _PLAIN_FIELDS], None
+
+    for name, derivative, keep in (("forward", forward, _keep_forward), ("backward", backward, _keep_backward)):
+        register(f"msda_triton::{name}", derivative, setup_context=keep)
+        register(f"msda_triton::fallback_{name}", derivative, setup_context=keep)
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
-_library.impl("fallback_forward", fallback_forward, "CPU")
+_library.impl("fallback_forward", _fallback_forward, "CPU")
 _library.impl("fallback_backward", _fallback_backward, "CPU")
 torch.library.register_fake("msda_triton::forward", _forward_fake)
 torch.library.register_fake("msda_triton::backward", _backward_fake)
 torch.library.register_fake("msda_triton::fallback_forward", _forward_fake)
-torch.library.register_fake("msda_triton::fallback_backward", _fallback_backward_fake)
+torch.library.register_fake("msda_triton::fallback_backward", _backward_fake)
 _register_derivatives()
 _forward_op = torch.ops.msda_triton.forward.default
 _backward_op = torch.ops.msda_triton.backward.default
@@ -266,7 +270,7 @@ def set_autotune(enabled: bool) -> None:
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected True or False, got {enabled!r}")
     try:
-        from msda_triton import tuning
+        from msda_triton.kernels import plan
     except ModuleNotFoundError as error:
         raise RuntimeError("set_autotune: needs the package triton, which is not installed") from error
-    tuning.timing = enabled
+    plan.timing = plan.do_bench if enabled else None

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from msda_triton.call import Call
 from msda_triton.constants import constant, traced
 
 
@@ -25,32 +26,25 @@ def level_of_point(spatial_shapes: Tensor, num_points: list[int]) -> Tensor:
     return constant(tuple(l for l, n in enumerate(num_points) for _ in range(n)), spatial_shapes)
 
 
-def ms_deform_attn_reference(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: list[int],
-) -> Tensor:
-    """out[b, q, m] = sum_k attention_weights[b, q, m, k] * bilinear(value of level(k), sampling_locations[b, q, m, k]).
+def ms_deform_attn_reference(call: Call) -> Tensor:
+    """out[b, q, m] = sum_k weights[b, q, m, k] * bilinear(value of level(k), locations[b, q, m, k]).
 
     Args:
-        value: [B, S, M, D]. spatial_shapes: [L, 2] integer (H, W). level_start_index: [L] integer, or None for levels
-            stored one after the other. sampling_locations: [B, Q, M, K, 2] (x, y) in units of the level's size.
-            attention_weights: [B, Q, M, K]. num_points: points per level, sums to K.
+        call: of a plain call, the locations are (x, y) in units of the level's size; a fused one is made plain first.
     Returns:
         [B, Q, M * D] in value's dtype.
     """
-    dtype = compute_dtype(value, sampling_locations, attention_weights)
+    call = plain(call)
+    value, locations, weights = call.value, call.locations, call.weights
+    dtype = compute_dtype(value, locations, weights)
     table = value.to(dtype)  # once, so that the gradients of a pixel are added up in dtype
-    H, W, start = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
-    x, y = sampling_locations.to(dtype).unbind(-1)  # [B, Q, M, K]
+    H, W, start = _level_of_each_point(call)
+    x, y = locations.to(dtype).unbind(-1)  # [B, Q, M, K]
     # pixel centres sit at (i + 0.5) / size: grid_sample's align_corners=False
     x, y = x * W - 0.5, y * H - 0.5
     taken = (x > -1) & (y > -1) & (x < W) & (y < H)
     x, y = x.masked_fill(~taken, -2), y.masked_fill(~taken, -2)
-    attn = attention_weights.to(dtype).masked_fill(~taken, 0)
+    attn = weights.to(dtype).masked_fill(~taken, 0)
 
     x0, y0 = x.detach().floor(), y.detach().floor()
     fx, fy = x - x0, y - y0
@@ -63,15 +57,7 @@ def ms_deform_attn_reference(
     return (attn.unsqueeze(-1) * sampled).sum(3).flatten(2).to(value.dtype)
 
 
-def discrete_attention(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: list[int],
-    method: str,
-) -> Tensor:
+def discrete_attention(call: Call, method: str) -> Tensor:
     """As `ms_deform_attn_reference`, with the pixel at floor(location * size + 0.5), clamped to the map (RT-DETRv2).
 
     The locations get zeros for a gradient. A location that is not finite contributes nothing.
@@ -80,9 +66,11 @@ def discrete_attention(
         method: "discrete", or "discrete_h", which clamps x with H - 1 too, as the original RT-DETRv2 and D-FINE code
             does for every map.
     """
-    dtype = compute_dtype(value, sampling_locations, attention_weights)
-    H, W, start = _level_of_each_point(value, spatial_shapes, level_start_index, num_points)
-    x, y = sampling_locations.to(dtype).unbind(-1)  # [B, Q, M, K]
+    call = plain(call)
+    value, locations, weights = call.value, call.locations, call.weights
+    dtype = compute_dtype(value, locations, weights)
+    H, W, start = _level_of_each_point(call)
+    x, y = locations.to(dtype).unbind(-1)  # [B, Q, M, K]
     finite = x.isfinite() & y.isfinite()
     x, y = x.masked_fill(~finite, 0), y.masked_fill(~finite, 0)
     x_last = (H if method == "discrete_h" else W) - 1
@@ -90,22 +78,20 @@ def discrete_attention(
     y = (y * H + 0.5).floor().clamp(min=0).minimum((H - 1).to(dtype))
     xi, yi = x.detach().long(), y.detach().long()
     inside = finite & (xi >= 0) & (xi < W) & (yi >= 0)
-    attn = attention_weights.to(dtype).masked_fill(~inside, 0)
+    attn = weights.to(dtype).masked_fill(~inside, 0)
     attn = attn + (x - x.detach())  # zero, and so is floor's gradient: the locations get one, of zeros
     pixel = _pixels(value.to(dtype), start + yi * W + xi, inside)
     return (attn.unsqueeze(-1) * pixel).sum(3).flatten(2).to(value.dtype)
 
 
-def _level_of_each_point(
-    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor | None, num_points: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _level_of_each_point(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """H, W and first token of each point's level, [K] int64; -1 for H and W of a level without pixels, or one that is
     not within the S tokens: no sample x has -1 < x < -1."""
-    shapes = spatial_shapes.long()  # an area may be more than a narrow integer holds
-    level = level_of_point(shapes, num_points)
-    S = value.shape[1]
+    shapes = call.spatial_shapes.long()  # an area may be more than a narrow integer holds
+    level = level_of_point(shapes, call.num_points)
+    S = call.value.shape[1]
     areas = shapes[:, 0] * shapes[:, 1]
-    starts = areas.cumsum(0) - areas if level_start_index is None else level_start_index.long()
+    starts = areas.cumsum(0) - areas if call.level_start_index is None else call.level_start_index.long()
     # a product of sizes beyond S may have overflowed
     fits = ((shapes > 0) & (shapes <= S)).all(1) & (starts >= 0) & (starts + areas <= S)
     H, W, start = (x.masked_fill(~fits, -1)[level] for x in (*shapes.unbind(1), starts))
@@ -122,35 +108,43 @@ def _pixels(value: Tensor, token: Tensor, inside: Tensor) -> Tensor:
     return value[b, token.masked_fill(~inside, 0), m].masked_fill(~inside.unsqueeze(-1), 0)
 
 
-def locations_and_weights(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    reference_points: Tensor,
-    num_points: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Sampling locations [B, Q, M, K, 2] and softmax weights [B, Q, M, K] of the fused inputs, in float32 at least.
+def plain(call: Call) -> Call:
+    """A fused call as the plain one that it stands for: locations, softmax and mask by PyTorch."""
+    if call.reference_points is not None:
+        value, points, offsets = call.value, call.reference_points, call.locations
+        dtype = compute_dtype(value, offsets, call.weights, points)
+        locations = sampling_locations(points.to(dtype), offsets.to(dtype), call.spatial_shapes, call.num_points)
+        call = call._replace(locations=locations, weights=call.weights.to(dtype).softmax(-1), reference_points=None)
+    if call.value_mask is not None:
+        value = call.value.masked_fill(call.value_mask[:, :, None, None], 0)
+        call = call._replace(value=value, value_mask=None)
+    return call
+
+
+def sampling_locations(
+    reference_points: Tensor, offsets: Tensor, spatial_shapes: Tensor, num_points: list[int]
+) -> Tensor:
+    """[B, Q, M, K, 2] (x, y) in units of the level's size (appendix A.3 and A.4 of arXiv 2010.04159).
 
     Args:
-        offsets: [B, Q, M, K, 2]. logits: [B, Q, M, K]. reference_points: [B, Q, L or 1, 2 or 4]. value gives its dtype.
+        reference_points: [B, Q, L or 1, 2] points (x, y), whose offsets count pixels of a level; or [B, Q, L or 1, 4]
+            boxes (cx, cy, w, h), of which an offset of the level's number of points reaches half the size.
+        offsets: [B, Q, M, K, 2]. spatial_shapes: [L, 2] integer (H, W).
     """
-    dtype = compute_dtype(value, offsets, logits, reference_points)
     level = level_of_point(spatial_shapes, num_points)
-    points = reference_points.to(dtype)[:, :, None, level if reference_points.shape[2] > 1 else torch.zeros_like(level)]
-    offsets = offsets.to(dtype)
+    points = reference_points[:, :, None, level if reference_points.shape[2] > 1 else torch.zeros_like(level)]
     if points.shape[-1] == 2:
         # of a level without pixels no sample is taken; a size of 1 keeps its gradient from being 0 / 0
         parts = spatial_shapes.long().flip(-1)[level].clamp(min=1)
     else:
         parts = constant(tuple(num_points), spatial_shapes)[level, None]
     locations = _locate(points, offsets, parts)
-    if not _known_to_be_finite(locations):
+    if torch.is_grad_enabled() and not _known_to_be_finite(locations):
         # such a sample is not taken, and its zero gradient must not meet what is not finite here: 0 * inf is NaN
         finite = locations.isfinite().all(-1, keepdim=True)
         points = points.expand(*offsets.shape[:-1], -1).masked_fill(~finite, 0)
         locations = _locate(points, offsets.masked_fill(~finite, 0), parts).masked_fill(~finite, math.nan)
-    return locations, logits.to(dtype).softmax(-1)
+    return locations
 
 
 def _locate(points: Tensor, offsets: Tensor, parts: Tensor) -> Tensor:
@@ -163,12 +157,3 @@ def _locate(points: Tensor, offsets: Tensor, parts: Tensor) -> Tensor:
 def _known_to_be_finite(x: Tensor) -> bool:
     # numbers are read back, which is free on CPUs only; finite numbers may have an infinite sum, and count as not known
     return not traced(x) and x.device.type == "cpu" and math.isfinite(x.detach().sum().item())
-
-
-def reference_attention(value, shapes, starts, locations, weights, num_points, points, mask) -> Tensor:
-    """The reference for both forms of input: offsets and logits if reference points are given; value_mask or None."""
-    if points is not None:
-        locations, weights = locations_and_weights(value, shapes, locations, weights, points, num_points)
-    if mask is not None:
-        value = value.masked_fill(mask[:, :, None, None], 0)
-    return ms_deform_attn_reference(value, shapes, starts, locations, weights, num_points)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msda_triton.reference import reference_attention
+from msda_triton.call import Call
+from msda_triton.reference import ms_deform_attn_reference
 
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -101,6 +102,6 @@ def reference(value, shapes, locations, weights, starts=None):
     """The package's specification, on the public layout."""
     P = locations.shape[4]
     shapes = torch.as_tensor(shapes, device=value.device)
-    return reference_attention(
-        value, shapes, starts, locations.flatten(3, 4), weights.flatten(3, 4), [P] * len(shapes), None, None
+    return ms_deform_attn_reference(
+        Call(value, shapes, starts, locations.flatten(3, 4), weights.flatten(3, 4), [P] * len(shapes))
     )

@@ -13,6 +13,7 @@ from benchmarks import bench_op, gate, memory, providers, report, run, shim_cove
 from benchmarks.bench_op import Row
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, make_inputs
+from msda_triton.call import Call
 from msda_triton.reference import ms_deform_attn_reference
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +80,8 @@ def test_oracle_is_the_specification(distribution):
     x = make_inputs(DRY, distribution, torch.float32, "cpu")
     exact = gate.oracle(x, PLAIN)
     leaves = [t.double().requires_grad_() for t in (x.value, x.locations, x.weights)]
-    out = ms_deform_attn_reference(leaves[0], x.shapes, None, leaves[1].flatten(3, 4), leaves[2].flatten(3, 4), [2, 2])
+    value, locations, weights = leaves[0], leaves[1].flatten(3, 4), leaves[2].flatten(3, 4)
+    out = ms_deform_attn_reference(Call(value, x.shapes, None, locations, weights, [2, 2]))
     grads = torch.autograd.grad(out, leaves, gate.gradient(x).double())
     for name, want in zip(("out", *PLAIN), (out.detach(), *grads), strict=True):
         torch.testing.assert_close(exact[name], want, rtol=1e-9, atol=1e-9)

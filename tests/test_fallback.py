@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from msda_triton import bags, fallback
-from msda_triton.fallback import fallback_backward, fallback_forward
+from msda_triton.call import Call
+from msda_triton.cpu import bags, fallback
+from msda_triton.cpu.fallback import fallback_backward, fallback_forward
 from msda_triton.reference import ms_deform_attn_reference
 
 LEVELS = [(7, 5), (1, 1), (3, 6)]
@@ -29,12 +30,12 @@ def expected(inputs, grad_out, dtype=torch.float64):
     """out and the three gradients by autograd through the specification, computed in dtype."""
     value, shapes, starts, locations, weights, points = inputs
     leaves = [t.detach().to(dtype).requires_grad_() for t in (value, locations, weights)]
-    out = ms_deform_attn_reference(leaves[0], shapes, starts, leaves[1], leaves[2], points)
+    out = ms_deform_attn_reference(Call(leaves[0], shapes, starts, leaves[1], leaves[2], points))
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype), materialize_grads=True)
 
 
 def computed(inputs, grad_out):
-    return fallback_forward(*inputs), *fallback_backward(grad_out, *inputs, (True, True, True))
+    return fallback_forward(Call(*inputs)), *fallback_backward(grad_out, Call(*inputs), (True, True, True))
 
 
 def grad_like(inputs, seed=1):
@@ -105,7 +106,7 @@ def test_dense_and_sorted_parts(case, needs, monkeypatch, fast):
     found = bags.parts_of(geometry, inputs[0].shape[1], dense_tokens)
     assert [(part.points.start, part.points.stop, part.dense) for part in found] == parts
     grad_out = grad_like(inputs)
-    got = fallback_backward(grad_out, *inputs, needs)
+    got = fallback_backward(grad_out, Call(*inputs), needs)
     for need, grad, want in zip(needs, got, expected(inputs, grad_out)[1:], strict=True):
         assert (grad is not None) == need
         if need:
@@ -261,7 +262,7 @@ def test_a_value_next_to_the_map_is_not_read():
     inputs = make_inputs(levels=[(3, 3), (2, 2)], B=1, Q=1, M=1, points=(1, 1))
     inputs[0][:, 9:] = math.nan
     inputs[3][..., 0, :], inputs[3][..., 1, :] = 0.99, 7.0
-    out = fallback_forward(*inputs)
+    out = fallback_forward(Call(*inputs))
     x = 0.99 * 3 - 0.5 - 2
     torch.testing.assert_close(out[0, 0], inputs[0][0, 8, 0] * (1 - x) ** 2 * inputs[4][0, 0, 0, 0])
 
@@ -287,8 +288,8 @@ def test_empty(axis):
 def test_only_what_is_needed(needs, fast):
     inputs = make_inputs()
     grad_out = grad_like(inputs)
-    full = fallback_backward(grad_out, *inputs, (True, True, True))
-    part = fallback_backward(grad_out, *inputs, needs)
+    full = fallback_backward(grad_out, Call(*inputs), (True, True, True))
+    part = fallback_backward(grad_out, Call(*inputs), needs)
     for need, p, f in zip(needs, part, full, strict=True):
         assert (p is not None) == need
         assert p is None or torch.equal(p, f)
@@ -299,10 +300,10 @@ def test_needs_are_kept_where_not_all_is_finite(where):
     inputs = make_inputs()
     inputs[where].view(-1)[0] = math.nan
     grad_out = grad_like(inputs)
-    value, locations, weights = fallback_backward(grad_out, *inputs, (False, True, False))
+    value, locations, weights = fallback_backward(grad_out, Call(*inputs), (False, True, False))
     assert value is None and weights is None
     torch.testing.assert_close(locations, expected(inputs, grad_out)[2], equal_nan=True)
-    assert fallback_backward(grad_out, *inputs, (False, False, False)) == (None, None, None)
+    assert fallback_backward(grad_out, Call(*inputs), (False, False, False)) == (None, None, None)
 
 
 def test_inputs_stay_as_they_are_and_results_repeat():
@@ -318,10 +319,11 @@ def test_no_warning_reaches_the_user():
     # in its own process, because torch gives some warnings once
     code = """
 import torch
-from msda_triton.fallback import fallback_backward
+from msda_triton.call import Call
+from msda_triton.cpu.fallback import fallback_backward
 locations, weights = torch.rand(1, 3, 1, 2, 2), torch.rand(1, 3, 1, 2)
 inputs = torch.ones(1, 4, 1, 2), torch.tensor([(2, 2)]), None, locations, weights, [2]
-fallback_backward(torch.ones(1, 3, 2), *inputs, (True, True, True))
+fallback_backward(torch.ones(1, 3, 2), Call(*inputs), (True, True, True))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

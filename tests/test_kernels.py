@@ -1,22 +1,29 @@
 """The kernels (interpreted without a GPU) against the float64 oracle: forward and every gradient."""
 
+import functools
+
 import pytest
 import torch
-import triton
 from attention import assert_error_budget, gradients, make_inputs, oracle, oracle_gradients, reference
+from planned import attend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from msda_triton import ms_deform_attn, ms_deform_attn_fused, tuning
+from msda_triton import ms_deform_attn, ms_deform_attn_fused
+from msda_triton.checks import fused_call, plain_call
+from msda_triton.kernels import launch
+from msda_triton.kernels.plan import Config
 
 NAMES = ("out", "grad_value", "grad_locations", "grad_weights")
 SHAPES = [(6, 9), (3, 5), (2, 2), (1, 1), (4, 3)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-def check(shapes, inputs, **options):
+def check(shapes, inputs, function=None):
     """Output and gradients of the kernels within the error budget of the oracle."""
     B, _, M, D = inputs[0].shape
     grad_out = torch.randn(B, inputs[1].shape[1], M * D, dtype=torch.float64).to(inputs[0].dtype).to(inputs[0].device)
-    got = gradients(lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton", **options), inputs, grad_out)
+    function = function or functools.partial(ms_deform_attn, backend="triton")
+    got = gradients(lambda v, x, a: function(v, shapes, x, a), inputs, grad_out)
     rounded = gradients(lambda v, x, a: reference(v, shapes, x, a), inputs, grad_out)
     exact = oracle_gradients(lambda v, x, a: oracle(v, shapes, x, a), inputs, grad_out)
     assert_error_budget(got, rounded, exact, NAMES)
@@ -46,8 +53,8 @@ def test_queries(Q, D, device, poisoned_empty):
     ("num_points", "fused", "D"),
     [([4, 4], False, 32), ([4, 4], True, 32), ([8, 8], False, 30), ([3, 3], False, 4), ([4, 8], True, 4)],
 )
-def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkeypatch, poisoned_empty):
-    """SPLIT is an order of work, taken where it divides the points of a level."""
+def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, poisoned_empty):
+    """An order of work, taken where it divides the points of a level."""
     B, M, Q = 1, 2, 5
     value = torch.randn(B, 69, M, D, device=device)
     inputs = [
@@ -57,11 +64,10 @@ def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkey
     if fused:
         inputs = [torch.rand(B, Q, 2, 4, device=device), *inputs]
     function = ms_deform_attn_fused if fused else ms_deform_attn
+    call = (fused_call if fused else plain_call)(value, SHAPES[:2], *inputs, num_points=num_points)
     sums = []
     for split in (4, 1):
-        numbers = {"TILE": 512, "LANE_D": 8, "UNROLL": 1, "SPLIT": split, "TILE_W": 2}
-        monkeypatch.setattr(tuning, "configuration", lambda *_, n=numbers: triton.Config(n, num_warps=1, num_stages=1))
-        sums.append(function(value, SHAPES[:2], *inputs, num_points=num_points, backend="triton"))
+        sums.append(attend(call, Config(tile=512, lane=8, unroll=1, width=2, warps=1, split=split)))
     expected = function(value.double(), SHAPES[:2], *inputs, num_points=num_points, backend="torch")
     for out in sums:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
@@ -71,38 +77,40 @@ def test_points_of_a_query_spread_over_rows(num_points, fused, D, device, monkey
 @pytest.mark.parametrize(
     ("shapes", "starts"), [(SHAPES[:2], None), ([(9, 1), (1, 9)], None), ([(3, 5), (4, 4)], [16, 0])]
 )
-def test_pixels_as_queries_are_taken_in_rectangles(shapes, starts, width, device, monkeypatch, poisoned_empty):
+def test_pixels_as_queries_are_taken_in_rectangles(shapes, starts, width, device, poisoned_empty):
     """An order of work: every query once, whatever the sizes and the order of the levels in memory."""
-    launch, grids = tuning.launch, []
+    config, grids = Config(tile=256, lane=8, unroll=1, width=width, warps=1), []
 
-    def spy(direction, kernel, grid, rows, arguments):
-        numbers = {"TILE": 256, "LANE_D": 8, "UNROLL": 1, "TILE_W": width}
-        if direction == "forward":
-            numbers["SPLIT"] = 1
-        config = triton.Config(numbers, num_warps=1, num_stages=1)
-        monkeypatch.setattr(tuning, "configuration", lambda *_: config)
-        grids.append(grid(arguments | numbers)[0])
-        launch(direction, kernel, grid, rows, arguments)
+    def run(kernel, call, arguments, plan):
+        grids.append(plan.grid(call)[0])
+        launch.run(kernel, call, arguments, plan)
 
-    for module in ("forward", "backward"):
-        monkeypatch.setattr(f"msda_triton.{module}.launch", spy)
+    def function(value, shapes, locations, weights, level_start_index=None):
+        return attend(plain_call(value, shapes, locations, weights, level_start_index), config, run=run)
+
     S = sum(h * w for h, w in shapes)
     inputs = make_inputs(shapes, B=1, Q=S, M=1, D=16, P=1, device=device)  # 16 rows a program
     if starts is None:
-        check(shapes, inputs)
+        check(shapes, inputs, function)
     else:
         swapped = torch.cat([inputs[0][:, 15:], inputs[0][:, :15]], 1)
-        got = ms_deform_attn(swapped, shapes, *inputs[1:], level_start_index=starts, backend="triton")
+        got = function(swapped, shapes, *inputs[1:], level_start_index=starts)
         torch.testing.assert_close(got, reference(inputs[0], shapes, *inputs[1:]))
     tiles = sum(-(-h // (16 // width)) * -(-w // width) for h, w in shapes) if width else -(-S // 16)
     assert set(grids) == {tiles}
 
 
-def test_more_images_than_a_grid_has_room_for(device, monkeypatch, poisoned_empty):
-    for module in ("forward", "backward", "launch"):
-        monkeypatch.setattr(f"msda_triton.{module}.MAX_BATCH", 2)
+def test_more_images_than_a_grid_has_room_for(device, poisoned_empty):
+    batches = []
+
+    def run(kernel, call, arguments, plan):
+        batches.append(plan.grid(call)[2])
+        launch.run(kernel, call, arguments, plan)
+
+    function = lambda *inputs: attend(plain_call(*inputs), run=run, images=2)  # noqa: E731
     with torch.autocast(device, dtype=torch.float16):  # PyTorch refuses to concatenate bfloat16 there
-        check(SHAPES[:2], make_inputs(SHAPES[:2], B=5, Q=3, M=1, dtype=torch.bfloat16, device=device))
+        check(SHAPES[:2], make_inputs(SHAPES[:2], B=5, Q=3, M=1, dtype=torch.bfloat16, device=device), function)
+    assert batches == [2, 2, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("D", [256, 1025, 2048])
@@ -120,22 +128,37 @@ def test_mixed_dtypes(dtype, location_dtype, device, poisoned_empty):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("P", [4, 6])
 @pytest.mark.parametrize("skipped", [0, 1])
-def test_neighbouring_numbers_are_one_load_where_memory_is_aligned(skipped, P, dtype, device, monkeypatch):
+def test_neighbouring_numbers_are_one_load_where_memory_is_aligned(skipped, P, dtype, device):
     """Locations and weights may begin at any element of their storage: only then are they loaded one by one."""
-    launch, aligned = tuning.launch, []
+    pairs = []
 
-    def spy(direction, kernel, grid, rows, arguments):
-        aligned.append(arguments["ALIGNED"])
-        launch(direction, kernel, grid, rows, arguments)
+    def run(kernel, call, arguments, plan):
+        pairs.append(plan.PAIRS)
+        launch.run(kernel, call, arguments, plan)
 
     def moved(x):
         memory = torch.empty(x.numel() + skipped, dtype=x.dtype, device=device)
         return memory[skipped:].view(x.shape).copy_(x.detach()).requires_grad_()
 
-    monkeypatch.setattr("msda_triton.forward.launch", spy)
     value, *rest = make_inputs(SHAPES[:2], B=1, Q=5, M=1, D=16, P=P, dtype=dtype, device=device)
-    check(SHAPES[:2], (value, *map(moved, rest)))
-    assert aligned == [skipped == 0 or dtype == torch.float64]
+    config = Config(tile=512, lane=8, unroll=2, width=2, warps=1)
+    check(SHAPES[:2], (value, *map(moved, rest)), lambda *inputs: attend(plain_call(*inputs), config, run=run))
+    assert pairs == [0 if skipped or dtype == torch.float64 else 2, 0]  # the backward loads one by one
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 2])
+def test_pairs(pairs, device):
+    """The same numbers, whether x and y, or the weights of two points, are one load."""
+    inputs = make_inputs(SHAPES[:2], B=1, Q=5, M=1, D=16, P=6, device=device)
+    seen = []
+
+    def run(kernel, call, arguments, plan):
+        seen.append(plan.PAIRS)
+        launch.run(kernel, call, arguments, plan)
+
+    config = Config(tile=512, lane=8, unroll=1 if pairs == 1 else 2, width=2, warps=1, pairs=pairs > 0)
+    check(SHAPES[:2], inputs, lambda *inputs: attend(plain_call(*inputs), config, run=run))
+    assert seen == [pairs, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -267,61 +290,33 @@ def test_level_start_index_out_of_order(device, poisoned_empty):
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1) if a + b + c])
-def test_only_the_gradients_asked_for(needs, device, monkeypatch):
-    import msda_triton.backward
-
+def test_only_the_gradients_asked_for(needs, device):
     calls = []
-    launch = msda_triton.backward.launch_backward
-    monkeypatch.setattr(msda_triton.backward, "launch_backward", lambda *a: calls.append(launch(*a)) or calls[-1])
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.msda_triton.backward.default:
+                calls.append(result)
+            return result
+
     inputs = make_inputs(SHAPES[:2], B=1, M=1, D=16, device=device)
     full = gradients(
         lambda v, x, a: ms_deform_attn(v, SHAPES[:2], x, a, backend="triton"),
         inputs,
         torch.ones(1, 19, 16, device=device),
     )
-    calls.clear()
     some = [x.detach().requires_grad_(bool(n)) for x, n in zip(inputs, needs, strict=True)]
     out = ms_deform_attn(some[0], SHAPES[:2], *some[1:], backend="triton")
-    out.backward(torch.ones_like(out))
-    assert [g is not None for g in calls[0][:3]] == [bool(n) for n in needs]
+    with Watch():
+        out.backward(torch.ones_like(out))
+    # an operator returns an empty tensor for a gradient that nobody asked for
+    assert [g.numel() > 0 for g in calls[0][:3]] == [bool(n) for n in needs]
     for x, n, grad in zip(some, needs, full[1:], strict=True):
         if n:
             torch.testing.assert_close(x.grad, grad, rtol=1e-5, atol=1e-6)
         else:
             assert x.grad is None
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_deterministic_backward(dtype, device):
-    """The same bits whatever the order of the additions: here the queries are reversed, which reverses every sum."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        shapes = [(2, 3), (1, 1)]
-        inputs = make_inputs(shapes, B=1, Q=300, M=1, D=8, dtype=dtype, device=device)
-        grad_out = torch.randn(1, 300, 8, dtype=torch.float64).to(dtype).to(device)
-        check(shapes, inputs)
-        function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton")  # noqa: E731
-        _, forwards, *_ = gradients(function, inputs, grad_out)
-        mirrored = [inputs[0], *(x.detach().flip(1).requires_grad_() for x in inputs[1:])]
-        _, backwards, *_ = gradients(function, mirrored, grad_out.flip(1))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(forwards, backwards)
-
-
-def test_deterministic_backward_passes_nan_on(device):
-    torch.use_deterministic_algorithms(True)
-    try:
-        inputs = make_inputs([(2, 3)], B=1, Q=4, M=2, D=8, device=device)
-        grad_out = torch.ones(1, 4, 16, device=device)
-        grad_out[0, 2, 3] = float("nan")
-        _, grad_value, *_ = gradients(
-            lambda v, x, a: ms_deform_attn(v, [(2, 3)], x, a, backend="triton"), inputs, grad_out
-        )
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert grad_value[:, :, 0].isnan().all()
-    assert grad_value[:, :, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -342,105 +337,3 @@ def test_a_sample_off_the_map_has_no_gradient_where_that_of_its_row_is_not_finit
     finite[2, 0] = False
     assert torch.equal(locations[0].isfinite().all((-1, -2, -3)), finite)
     assert torch.equal(weights[0].isfinite().all((-1, -2)), finite)
-
-
-@pytest.mark.parametrize("near", [-1.0, -1.005, 8.0, 8.005])
-@pytest.mark.parametrize("bad", [1e30, float("nan")])
-def test_deterministic_sums_know_a_sample_just_off_the_map(bad, near, device):
-    torch.use_deterministic_algorithms(True)
-    try:
-        value = torch.ones(1, 8, 1, 1, device=device, requires_grad=True)
-        locations = torch.tensor([[(near + 0.5) / 8, 0.5], [1.5 / 8, 0.5]], device=device).view(1, 2, 1, 1, 1, 2)
-        weights = torch.tensor([bad, 1.0], device=device).view(1, 2, 1, 1, 1)
-        out = ms_deform_attn(value, [(1, 8)], locations, weights, backend="triton")
-        (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert grad.flatten().tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize(("size", "weight"), [(1e38, 4.0), (1e-28, 1.0), (1e-31, 1.0), (1e-36, 1.0)])
-def test_deterministic_sums_of_very_large_and_very_small_gradients(size, weight, device):
-    value = torch.randn(1, 12, 1, 4, device=device, requires_grad=True)
-    locations = torch.tensor([0.5, 1 / 3], device=device).view(1, 1, 1, 1, 1, 2)
-    weights = torch.full((1, 1, 1, 1, 1), weight, device=device)
-    grads = []
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            out = ms_deform_attn(value, [(3, 4)], locations, weights, backend="triton")
-            grads += torch.autograd.grad(out, value, torch.full_like(out, size))
-        finally:
-            torch.use_deterministic_algorithms(False)
-    assert grads[0].abs().max() > 0
-    torch.testing.assert_close(*grads, rtol=1e-6, atol=2.0**-126)
-
-
-def test_deterministic_sums_know_the_padding(device):
-    """A query of NaN that touches a hidden pixel only."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        value = torch.ones(1, 4, 1, 1, device=device, requires_grad=True)
-        points = torch.tensor([[3.5 / 4, 0.5], [0.5 / 4, 0.5]], device=device).view(1, 2, 1, 2)
-        zeros = torch.zeros(1, 2, 1, 1, 1, 2, device=device)
-        mask = torch.tensor([[False, False, False, True]], device=device)
-        out = ms_deform_attn_fused(value, [(1, 4)], points, zeros, zeros[..., 0], value_mask=mask, backend="triton")
-        (grad,) = torch.autograd.grad(out, value, torch.tensor([float("nan"), 1.0], device=device).view(1, 2, 1))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert grad.flatten().tolist() == [1, 0, 0, 0]
-
-
-def test_deterministic_sums_on_a_level_of_a_million_columns(device):
-    """Samples and their bound agree on who is taken, whatever float32 makes of large coordinates."""
-    W = 2**20
-    value = torch.ones(1, W, 1, 1, device=device, requires_grad=True)
-    points = torch.tensor([1 - 2**-21, 0.5], device=device).view(1, 1, 1, 2)
-    offsets = torch.tensor([0.94, 0.0], device=device).view(1, 1, 1, 1, 1, 2)
-    grads = []
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            out = ms_deform_attn_fused(value, [(1, W)], points, offsets, offsets[..., 1], backend="triton")
-            grads += torch.autograd.grad(out, value, torch.full_like(out, 1e-3))
-        finally:
-            torch.use_deterministic_algorithms(False)
-    assert grads[0].abs().max() > 0
-    torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("bad", [1e30, float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["off the map", "in a level without pixels"])
-def test_deterministic_gradients_keep_their_precision_beside_a_weight_that_does_not_count(where, bad, device):
-    torch.use_deterministic_algorithms(True)
-    try:
-        shapes = [(2, 3), (0, 4)] if where == "in a level without pixels" else [(2, 3), (1, 2)]
-        value, locations, weights = make_inputs(shapes, B=1, Q=6, M=2, D=8, device=device)
-        grad_out = torch.randn(1, 6, 16, device=device)
-        with torch.no_grad():
-            weights[0, 3, 0, 1, 0] = bad
-            if where == "off the map":
-                locations[0, 3, 0, 1, 0] = 3.0
-            grad_out[0, 4] = bad  # of a query all of whose samples are off the map
-            locations[0, 4] = -2.0
-        function = lambda v: ms_deform_attn(v, shapes, locations, weights, backend="triton")  # noqa: E731
-        (got,) = torch.autograd.grad(function(value), value, grad_out)
-        with torch.no_grad():
-            weights[0, 3, 0, 1, 0] = grad_out[0, 4] = 0
-        present = [0] if where == "in a level without pixels" else [0, 1]
-        used = locations[:, :, :, present].detach(), weights[:, :, :, present].detach()
-        _, want = oracle_gradients(lambda v: oracle(v, [shapes[l] for l in present], *used), [value], grad_out)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("B, Q", [(0, 3), (2, 0)])
-def test_deterministic_and_empty(B, Q, device):
-    torch.use_deterministic_algorithms(True)
-    try:
-        inputs = make_inputs([(3, 4)], B=B, Q=Q, device=device)
-        function = lambda v, x, a: ms_deform_attn(v, [(3, 4)], x, a, backend="triton")  # noqa: E731
-        assert not any(grad.any() for grad in gradients(function, inputs, torch.ones(B, Q, 16, device=device))[1:])
-    finally:
-        torch.use_deterministic_algorithms(False)

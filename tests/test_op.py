@@ -1,20 +1,15 @@
-"""The registered operators as PyTorch 2 sees them: opcheck, compile, export, functorch-free autograd, imports."""
+"""The registered operators as PyTorch 2 sees them: opcheck, compile, export, functorch-free autograd."""
 
-import ast
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from attention import gradients, make_inputs, reference
 
-import msda_triton
 from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
+from msda_triton.call import Call
 from msda_triton.constants import constant
 
-ROOT = Path(__file__).parent.parent
 SHAPES = [(5, 7), (3, 4)]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -25,6 +20,17 @@ def op_inputs(device, fused):
     mask = torch.zeros(1, 47, dtype=torch.bool, device=device) if fused else None
     tensors = (value.detach(), torch.tensor(SHAPES, device=device), None, locations.detach().flatten(3, 4))
     return (*tensors, weights.detach().flatten(3, 4), [1, 1], points, mask, [])
+
+
+def test_the_schemas_have_the_fields_of_a_call():
+    operators = torch.ops.msda_triton
+    kinds = ("forward", "backward", "fallback_forward", "fallback_backward")
+    names = {kind: [x.name for x in getattr(operators, kind).default._schema.arguments] for kind in kinds}
+    fields = list(Call._fields)
+    assert names["forward"] == fields
+    assert names["backward"] == ["grad_out", *fields, "needs"]
+    assert names["fallback_forward"] == fields[:6]
+    assert names["fallback_backward"] == ["grad_out", *fields[:6], "needs"]
 
 
 def asking_for_gradients(inputs):
@@ -325,80 +331,3 @@ def test_no_graph_waits_for_the_device(device):
         torch.ops.msda_triton.forward(
             value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], None, None, []
         )
-
-
-def test_import_needs_neither_triton_nor_the_detector_libraries():
-    code = (
-        "import sys; sys.modules['triton'] = None; import msda_triton, torch;"
-        "heavy = {'torchvision', 'scipy', 'matplotlib', 'pycocotools', 'transformers', 'detr'} & set(sys.modules);"
-        "assert not heavy, heavy;"
-        "x = torch.rand(1, 3, 1, 1, 1, 2);"
-        "print(msda_triton.ms_deform_attn(torch.ones(1, 4, 1, 2), [(2, 2)], x, torch.ones(1, 3, 1, 1, 1)).shape)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "torch.Size([1, 3, 2])", done.stderr
-
-
-ARROWS = {
-    "constants": set(),
-    "reference": {"constants"},
-    "bilinear": set(),
-    "tuning": set(),
-    "launch": {"constants"},
-    "bags": {"constants"},
-    "fallback": {"bags", "reference"},
-    "inductor": {"bags", "fallback"},
-    "forward": {"bilinear", "launch", "tuning"},
-    "fixed_point": {"bilinear"},
-    "backward": {"bilinear", "fixed_point", "launch", "tuning"},
-    "op": {"constants", "reference", "fallback", "inductor", "forward", "backward", "launch", "tuning"},
-    "checks": {"constants"},
-    "functional": {"checks", "constants", "op", "reference"},
-    "module": {"checks", "functional"},
-}
-TRITON_ONLY = ("bilinear", "fixed_point", "tuning", "launch", "forward", "backward")
-SHIMS = sorted(path.stem for path in (ROOT / "msda_triton" / "shims").glob("*.py"))
-
-
-def imports(path):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
-        top = node in tree.body
-        for name in names:
-            yield name, top
-
-
-@pytest.mark.parametrize("name", ARROWS)
-def test_arrows_of_the_house(name):
-    for imported, top in imports(ROOT / "msda_triton" / f"{name}.py"):
-        package, *rest = imported.split(".")
-        assert package not in ("detr", "benchmarks", "tests"), imported
-        if package == "msda_triton" and rest:
-            assert rest[0] in ARROWS[name], imported
-            assert not (name == "op" and top and rest[0] in ("forward", "backward", "launch", "tuning")), (
-                f"{imported} at import"
-            )
-        assert not (name not in TRITON_ONLY and package == "triton"), imported
-
-
-@pytest.mark.parametrize("name", SHIMS)
-def test_arrows_of_the_shims(name):
-    """They see the public functions and each other, and nothing of the packages that they stand in for."""
-    for imported, _ in imports(ROOT / "msda_triton" / "shims" / f"{name}.py"):
-        package, *rest = imported.split(".")
-        if package == "msda_triton":
-            assert not rest or rest[0] in ("functional", "module", "shims"), imported
-        else:
-            assert package == "torch" or package in sys.stdlib_module_names, imported
-
-
-def test_the_detector_uses_public_names_only():
-    for path in (ROOT / "detr").glob("*.py"):
-        for imported, _ in imports(path):
-            if imported.startswith("msda_triton"):
-                assert imported.removeprefix("msda_triton").removeprefix(".") in ("", *msda_triton.__all__), (
-                    f"{path}: {imported}"
-                )

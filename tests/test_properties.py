@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msda_triton.call import Call
 from msda_triton.reference import ms_deform_attn_reference
 
 
@@ -26,7 +27,7 @@ def test_sizes_that_only_the_device_knows_never_reach_outside(backend, sizes, st
     first = None if starts is None else torch.tensor(starts)
     if backend == "reference":
         leaf = value.detach().requires_grad_()
-        out = ms_deform_attn_reference(leaf, shapes, first, locations, weights, [2, 2])
+        out = ms_deform_attn_reference(Call(leaf, shapes, first, locations, weights, [2, 2]))
         (grad,) = torch.autograd.grad(out.sum(), leaf)
     elif backend == "triton":
         arguments = (shapes, first, locations, weights, [2, 2], None, None, [])

@@ -5,32 +5,34 @@ The sums stay with PyTorch: embedding_bag beats the loops that Inductor writes f
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from msda_triton import bags, fallback
+from msda_triton.call import Call
+from msda_triton.cpu import bags, fallback
 
 
-def inductor_forward(value: Tensor, *inputs) -> Tensor:
+def inductor_forward(call: Call) -> Tensor:
     """`fallback_forward`, for tensors on a CPU.
 
     Raises:
         ValueError: value is not on a CPU. RuntimeError: there is no C++ compiler.
     """
-    _check_device(value)
-    return fallback.run_forward(_compiled(), value, *inputs)
+    _check_device(call)
+    return fallback.run_forward(_compiled(), call)
 
 
-def inductor_backward(grad_out: Tensor, value: Tensor, *inputs_and_needs) -> tuple[Tensor | None, ...]:
+def inductor_backward(grad_out: Tensor, call: Call, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """`fallback_backward`, for tensors on a CPU; raises as `inductor_forward`."""
-    _check_device(value)
-    return fallback.run_backward(_compiled(), grad_out, value, *inputs_and_needs)
+    _check_device(call)
+    return fallback.run_backward(_compiled(), grad_out, call, needs)
 
 
-def _check_device(value: Tensor) -> None:
-    if value.device.type != "cpu":
-        raise ValueError(f"value: backend='inductor' is for tensors on a CPU, got one on {value.device}")
+def _check_device(call: Call) -> None:
+    if call.value.device.type != "cpu":
+        raise ValueError(f"value: backend='inductor' is for tensors on a CPU, got one on {call.value.device}")
 
 
 @functools.cache

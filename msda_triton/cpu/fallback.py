@@ -7,13 +7,14 @@ no level is dense. Legend: see `reference.py`.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from msda_triton import bags
+from msda_triton.call import Call
+from msda_triton.cpu import bags
 from msda_triton.reference import compute_dtype
 
 # Samples (b, q, m, k) at a time: bounds the memory, and lets temporaries stay in a CPU's cache.
@@ -47,48 +48,25 @@ def _without_autocast(run: Callable) -> Callable:
     return wrapped
 
 
-def fallback_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: list[int],
-) -> Tensor:
-    """[B, Q, M * D] in value's dtype; arguments as of `ms_deform_attn_reference`. Autograd does not see through it."""
-    return run_forward(
-        _EAGER, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
-    )
+def fallback_forward(call: Call) -> Tensor:
+    """[B, Q, M * D] in value's dtype, of a plain call. Autograd does not see through it."""
+    return run_forward(_EAGER, call)
 
 
-def fallback_backward(
-    grad_out: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: list[int],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def fallback_backward(grad_out: Tensor, call: Call, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of value, locations and weights, each in its input's dtype, None where `needs` says False.
 
-    grad_out: [B, Q, M * D]. The other arguments are those of `fallback_forward`.
+    Args:
+        grad_out: [B, Q, M * D]. call: a plain one.
     """
-    return run_backward(
-        _EAGER, grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points,
-        needs,
-    )  # fmt: skip
+    return run_backward(_EAGER, grad_out, call, needs)
 
 
 @_without_autocast
-def run_forward(
-    stages: Stages, value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
-) -> Tensor:
+def run_forward(stages: Stages, call: Call) -> Tensor:
     """`fallback_forward`, with the element-wise parts given."""
-    geometry, _, locations, weights = _used_samples(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
-    )
+    value = call.value
+    geometry, _, locations, weights = _used_samples(call)
     if not value.numel() or not weights.numel():
         return value.new_zeros(value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
     out = _forward(stages, value, geometry, locations, weights)
@@ -98,15 +76,10 @@ def run_forward(
 
 
 @_without_autocast
-def run_backward(
-    stages: Stages, grad_out, value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-    num_points, needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+def run_backward(stages: Stages, grad_out: Tensor, call: Call, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """`fallback_backward`, with the element-wise parts given."""
-    inputs = (value, sampling_locations, attention_weights)
-    geometry, points, locations, weights = _used_samples(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points
-    )
+    value, inputs = call.value, (call.value, call.locations, call.weights)
+    geometry, points, locations, weights = _used_samples(call)
     if not value.numel() or not weights.numel():
         return tuple(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True))
     grads = None
@@ -115,22 +88,18 @@ def run_backward(
     if grads is None:
         grads = _backward(None, grad_out, value, geometry, _bounded(locations), weights, needs)
     if points is not None:
-        grads = grads[0], *(_spread(grad, points, sum(num_points)) for grad in grads[1:])
+        grads = grads[0], *(_spread(grad, points, sum(call.num_points)) for grad in grads[1:])
     return tuple(
         _cast(grad, x.dtype).contiguous() if need else None for grad, x, need in zip(grads, inputs, needs, strict=True)
     )
 
 
-def _used_samples(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor | None,
-    locations: Tensor,
-    weights: Tensor,
-    num_points,
-) -> tuple[bags.Geometry, list[int] | None, Tensor, Tensor]:
+def _used_samples(call: Call) -> tuple[bags.Geometry, list[int] | None, Tensor, Tensor]:
     """The levels that hold pixels, their points among the K (None for all), and the locations and weights of these."""
-    geometry, points = bags.geometry_of(spatial_shapes, level_start_index, num_points, value.shape[1])
+    locations, weights = call.locations, call.weights
+    geometry, points = bags.geometry_of(
+        call.spatial_shapes, call.level_start_index, call.num_points, call.value.shape[1]
+    )
     if not _is_finite(locations):
         locations = _bounded(locations)
     if points is not None:

@@ -1,0 +1,1 @@
+"""The operator on CPUs, in eager PyTorch or compiled by TorchInductor."""

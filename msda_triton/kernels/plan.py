@@ -1,0 +1,281 @@
+"""How a kernel divides its work: the table of configurations, and what one becomes for a kind of call."""
+
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from msda_triton.call import Call
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, when kernels are decorated
+MAX_ROWS = 128  # of a program
+_FEW_ROWS = 1 << 15  # of [B, Q, M]: with fewer, programs of 32 rows leave a large GPU half empty
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to divide the work of any call: powers of two, which a `Plan` fits to the call's sizes."""
+
+    tile: int  # float32 numbers of a program's [rows, BLOCK_D] tile
+    lane: int  # channels of a row that one lane has, at most 4 vectors of 16 bytes
+    unroll: int  # points of a level worked on at once
+    width: int  # columns of a program's rectangle where queries are pixels; 0 takes runs of queries there too
+    warps: int
+    split: int = 1  # forward only: rows that share a query, each with its part of a level's points
+    pairs: bool = True  # forward only: neighbouring locations and weights are one load
+    registers: int | None = None  # per thread, at most; None leaves it to the compiler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs: a configuration for a kind of call. Fields in capitals are the kernels' constants of that name."""
+
+    BLOCK_Q: int  # queries of a program
+    BLOCK_W: int = 0  # columns of a program's rectangle of queries; 0: a run of queries
+    VEC: int = 1  # neighbouring channels that a lane has: 16 bytes of value, or 1 where they do not fit
+    CHUNKS: int = 1  # equal pieces of a row, of each of which a lane has VEC channels
+    UNROLL: int = 1  # points of a level worked on at once
+    SHARE: int = 1  # rows that share a query
+    PAIRS: int = 0  # 1: x and y of a location are one load; 2: so are the weights of two points
+    warps: int = 4
+    registers: int | None = None
+
+    @functools.cached_property
+    def constants(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name.isupper()}
+
+    @functools.cached_property
+    def options(self) -> dict[str, int]:
+        """What a launch takes besides a kernel's arguments."""
+        options = {"num_warps": self.warps, "num_stages": 1}
+        # AMD's compiler does not know the option
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+    def grid(self, call: Call) -> tuple[int, int, int]:
+        """Programs: one per tile of queries, head and image."""
+        B, Q, M = call.weights.shape[:3]
+        if self.BLOCK_W == 0:
+            return triton.cdiv(Q, self.BLOCK_Q), M, B
+        H, W = self.BLOCK_Q // self.BLOCK_W, self.BLOCK_W
+        sizes = zip(call.level_sizes[::2], call.level_sizes[1::2], strict=True)
+        return sum(triton.cdiv(h, H) * triton.cdiv(w, W) for h, w in sizes), M, B
+
+
+class Kind(NamedTuple):
+    """What a plan depends on of a call."""
+
+    direction: str  # "forward" or "backward"
+    D: int
+    vector: int  # channels in 16 bytes of value; 1 where they do not fit, or are added one by one
+    P: int  # points of every level; 0 if they differ
+    fused: bool
+    double: bool  # computed in float64
+    few: bool  # rows of [B, Q, M]
+    pixels: bool  # queries are the pixels of the levels, whose sizes the host knows
+    pairs: int  # what PAIRS may be
+
+    @property
+    def name(self) -> str:
+        """The kind's row of `TABLE`."""
+        if self.few and self.direction == "forward":
+            return "few"
+        if self.fused or not self.P or self.double:
+            return "large"
+        return "wide" if self.D > 32 and self.direction == "forward" else "many"
+
+
+def kind_of(call: Call, direction: str, deterministic: bool = False, double: bool = False) -> Kind:
+    """The kind of a call.
+
+    Args:
+        deterministic: grad_value is summed as integers. double: whether something is float64 besides the operands.
+    """
+    B, Q, M, K = call.weights.shape
+    D, P = call.value.shape[3], call.num_points
+    uniform = len(set(P)) == 1
+    fused = call.reference_points is not None
+    double = double or is_double(call)
+    sizes = call.level_sizes
+    pixels = len(sizes) > 0 and sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)) == Q
+    return Kind(
+        direction=direction,
+        D=D,
+        vector=1 if deterministic else vector_of(call.value.dtype, D),
+        P=P[0] if uniform else 0,
+        fused=fused,
+        double=double,
+        few=B * Q * M < _FEW_ROWS,
+        # a program counts from its first query in 32 bits
+        pixels=pixels and max(sizes) * MAX_ROWS * M * max(D, 4 * K) < 2**31,
+        pairs=0 if direction == "backward" or fused or not uniform else _pairs(call.locations, call.weights),
+    )
+
+
+def is_double(call: Call) -> bool:
+    """Whether a call is computed in float64."""
+    tensors = call.value, call.locations, call.weights, call.reference_points
+    return any(x is not None and x.dtype == torch.float64 for x in tensors)
+
+
+def vector_of(dtype: torch.dtype, D: int) -> int:
+    """Channels of D in 16 bytes; 1 if they do not fit or lie in no row of lanes."""
+    if dtype == torch.float32:
+        return 4 if D >= 4 and D & (D - 1) == 0 else 1
+    return 8 if dtype != torch.float64 and D % 8 == 0 else 1
+
+
+def _pairs(locations: Tensor, weights: Tensor) -> int:
+    """Integers are loaded at multiples of their size, and have up to 64 bits. The launcher reads what is contiguous."""
+    for x in (locations, weights):
+        if x.is_contiguous() and x.data_ptr() % 8:
+            return 0
+    if locations.dtype == torch.float64:
+        return 0
+    return 1 if weights.dtype == torch.float64 else 2
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(config: Config, kind: Kind) -> Plan:
+    """What a configuration becomes for a kind of call."""
+    block_d = triton.next_power_of_2(kind.D)
+    lane = min(config.lane, kind.D)
+    chunks = lane // kind.vector if 1 < kind.vector < lane and block_d == kind.D else 1
+    rows = config.tile // (block_d if kind.vector > 1 else 8 * block_d)
+    share = config.split if kind.P and kind.P % config.split == 0 else 1
+    block_q = min(max(rows, share), MAX_ROWS) // share
+    pairs = kind.pairs if config.pairs else 0
+    if pairs == 2 and (share > 1 or kind.P % 2 or config.unroll % 2):
+        pairs = 1
+    return Plan(
+        BLOCK_Q=block_q,
+        BLOCK_W=min(config.width, block_q) if kind.pixels else 0,
+        VEC=kind.vector,
+        CHUNKS=chunks,
+        UNROLL=config.unroll,
+        SHARE=share,
+        PAIRS=pairs,
+        warps=config.warps,
+        registers=config.registers,
+    )
+
+
+# The large kernels are fused ones, those with points per level that differ, and those in float64. ptxas spills a few of
+# their registers to fit more programs, unless less is done at once or a thread may use all that it can have; on small
+# or older architectures also those of others. 96 registers are for value with more than 32 channels per head.
+CONFIGS = {
+    "forward": {
+        "many": Config(tile=1024, lane=16, unroll=4, width=8, warps=2),
+        "many, runs": Config(tile=1024, lane=16, unroll=4, width=0, warps=2),
+        "many, 96 registers": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, registers=96),
+        "four warps": Config(tile=2048, lane=16, unroll=4, width=8, warps=4),
+        "four warps, lanes of 8": Config(tile=1024, lane=8, unroll=2, width=8, warps=4),
+        "one warp, lanes of 8": Config(tile=256, lane=8, unroll=4, width=4, warps=1),
+        "few": Config(tile=512, lane=16, unroll=1, width=2, split=4, warps=1),
+        "few, lanes of 8": Config(tile=256, lane=8, unroll=1, width=2, split=4, warps=1),
+        "large": Config(tile=1024, lane=16, unroll=2, width=8, warps=2),
+        "large, all registers": Config(tile=1024, lane=16, unroll=2, width=8, warps=2, registers=255),
+    },
+    "backward": {
+        "many": Config(tile=1024, lane=16, unroll=1, width=8, warps=2),
+        "many, runs": Config(tile=1024, lane=16, unroll=1, width=0, warps=2),
+        "all registers": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, registers=255),
+        "four warps, lanes of 8": Config(tile=1024, lane=8, unroll=2, width=8, warps=4, registers=255),
+        "one warp, lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, registers=255),
+        "large": Config(tile=1024, lane=8, unroll=1, width=8, warps=4),
+    },
+}
+# an interpreted program costs the same whatever its size
+_INTERPRETED = {
+    "forward": Config(tile=4096, lane=16, unroll=4, width=8, warps=1),
+    "backward": Config(tile=4096, lane=16, unroll=1, width=8, warps=1),
+}
+
+# Which configuration runs where nothing is timed: by direction and kind of the call, then by architecture ("sm_90"),
+# vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the fewest instructions per row without
+# a spill (`python -m benchmarks.compile_table`), and four times the programs where there are few rows.
+# `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
+TABLE = {
+    ("forward", "many"): {
+        "": "many",
+        "sm_75": "many, 96 registers",
+        "sm_86": "many, 96 registers",
+        "gfx1100": "large",
+    },
+    ("forward", "wide"): {
+        "": "many",
+        "sm_86": "many, 96 registers",
+        "sm_89": "many, 96 registers",
+        "sm_90": "many, 96 registers",
+    },
+    ("forward", "few"): {"": "few"},
+    ("forward", "large"): {
+        "": "large",
+        "sm_86": "large, all registers",
+        "sm_89": "large, all registers",
+        "sm_120": "large, all registers",
+    },
+    ("backward", "many"): {"": "many", "sm_75": "all registers"},
+    ("backward", "large"): {"": "large", "sm": "all registers"},
+}
+# what `set_autotune(True)` times
+TIMED = {
+    "forward": (
+        "many", "many, runs", "four warps", "four warps, lanes of 8", "one warp, lanes of 8", "few", "few, lanes of 8",
+    ),
+    "backward": ("many", "many, runs", "four warps, lanes of 8", "one warp, lanes of 8"),
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(kind: Kind, architecture: str) -> str:
+    """The name of the configuration that TABLE has for a kind of call on an architecture."""
+    row = TABLE[kind.direction, kind.name]
+    vendor = re.match("[a-z]*", architecture)[0]
+    return row.get(architecture) or row.get(vendor) or row[""]
+
+
+def default_plan(kind: Kind, device: torch.device) -> Plan:
+    """What runs untimed."""
+    if INTERPRETED:
+        return plan_of(_INTERPRETED[kind.direction], kind)
+    return plan_of(CONFIGS[kind.direction][choose(kind, architecture(device))], kind)
+
+
+def timed_plans(kind: Kind) -> list[Plan]:
+    """The plans that `fastest` chooses from, each once."""
+    return list(dict.fromkeys(plan_of(CONFIGS[kind.direction][name], kind) for name in TIMED[kind.direction]))
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ... of a GPU."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+# `set_autotune`: milliseconds that a function of no arguments takes; None takes the table's plans
+timing: Callable[[Callable[[], object]], float] | None = None
+do_bench = functools.partial(triton.testing.do_bench, return_mode="median")
+
+
+def fastest(plans: Sequence[Plan], run: Callable[[Plan], object], ms_of: Callable) -> Plan:
+    """The plan whose run takes the least time; one that needs more than the GPU has takes for ever."""
+
+    def ms(plan: Plan) -> float:
+        try:
+            return ms_of(lambda: run(plan))
+        except triton.runtime.errors.OutOfResources:
+            return math.inf
+
+    return min(plans, key=ms)

@@ -1,0 +1,110 @@
+"""Who may import whom, and what an import needs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import msda_triton
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_import_needs_neither_triton_nor_the_detector_libraries():
+    code = (
+        "import sys; sys.modules['triton'] = None; import msda_triton, torch;"
+        "heavy = {'torchvision', 'scipy', 'matplotlib', 'pycocotools', 'transformers', 'detr'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "x = torch.rand(1, 3, 1, 1, 1, 2);"
+        "print(msda_triton.ms_deform_attn(torch.ones(1, 4, 1, 2), [(2, 2)], x, torch.ones(1, 3, 1, 1, 1)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "torch.Size([1, 3, 2])", done.stderr
+
+
+ARROWS = {
+    "call": set(),
+    "constants": set(),
+    "checks": {"call", "constants"},
+    "reference": {"call", "constants"},
+    "cpu.bags": {"constants"},
+    "cpu.fallback": {"call", "cpu.bags", "reference"},
+    "cpu.inductor": {"call", "cpu.bags", "cpu.fallback"},
+    "kernels.dtypes": set(),
+    "kernels.channels": {"kernels.dtypes"},
+    "kernels.sample": {"kernels.dtypes"},
+    "kernels.forward": {"kernels.channels", "kernels.sample"},
+    "kernels.backward": {"kernels.channels", "kernels.dtypes", "kernels.sample"},
+    "kernels.bound": {"kernels.channels", "kernels.sample"},
+    "kernels.plan": {"call"},
+    "kernels.launch": {"call", "constants", "kernels.plan", "kernels.forward", "kernels.backward", "kernels.bound"},
+    "op": {"call", "constants", "reference", "cpu.fallback", "cpu.inductor", "kernels.launch", "kernels.plan"},
+    "functional": {"call", "checks", "constants", "op", "reference"},
+    "module": {"checks", "functional", "reference"},
+}
+PACKAGE = ROOT / "msda_triton"
+SHIMS = sorted(path.stem for path in (PACKAGE / "shims").glob("*.py"))
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module] + [f"{node.module}.{a.name}" for a in node.names]
+        top = node in tree.body
+        for name in names:
+            yield name, top
+
+
+def module_of(imported):
+    """The module of ours that `import` names, or the one that holds what it names."""
+    name = imported.removeprefix("msda_triton.")
+    return name if name in ARROWS or "." not in name else name.rpartition(".")[0]
+
+
+def test_every_file_has_its_arrows():
+    files = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    names = {".".join(file.parts) for file in files if not file.name.startswith("__") and file.parts[0] != "shims"}
+    assert names == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_arrows_of_the_house(name):
+    for imported, top in imports(PACKAGE / f"{name.replace('.', '/')}.py"):
+        package, *rest = imported.split(".")
+        assert package not in ("detr", "benchmarks", "tests"), imported
+        if package == "msda_triton" and rest and imported not in ("msda_triton.cpu", "msda_triton.kernels"):
+            assert module_of(imported) in ARROWS[name], imported
+            assert not (name == "op" and top and rest[0] == "kernels"), f"{imported} at import"
+        assert not (not name.startswith("kernels.") and package == "triton"), imported
+
+
+def test_the_arrows_only_go_down():
+    done = set()
+    while done != set(ARROWS):
+        free = {name for name in ARROWS if name not in done and ARROWS[name] <= done}
+        assert free, f"a circle among {set(ARROWS) - done}"
+        done |= free
+
+
+@pytest.mark.parametrize("name", SHIMS)
+def test_arrows_of_the_shims(name):
+    """They see the public functions and each other, and nothing of the packages that they stand in for."""
+    for imported, _ in imports(PACKAGE / "shims" / f"{name}.py"):
+        package, *rest = imported.split(".")
+        if package == "msda_triton":
+            assert not rest or rest[0] in ("functional", "module", "shims"), imported
+        else:
+            assert package == "torch" or package in sys.stdlib_module_names, imported
+
+
+def test_the_detector_uses_public_names_only():
+    for path in (ROOT / "detr").glob("*.py"):
+        for imported, _ in imports(path):
+            if imported.startswith("msda_triton"):
+                assert imported.removeprefix("msda_triton").removeprefix(".") in ("", *msda_triton.__all__), (
+                    f"{path}: {imported}"
+                )

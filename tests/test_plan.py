@@ -1,0 +1,235 @@
+"""How work is divided: what a configuration becomes for a call, which one runs, and how they are timed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from msda_triton.call import Call
+from msda_triton.kernels.plan import (
+    CONFIGS,
+    TABLE,
+    TIMED,
+    Kind,
+    Plan,
+    choose,
+    fastest,
+    kind_of,
+    plan_of,
+    timed_plans,
+)
+
+LEVELS = [100, 167, 50, 84, 25, 42, 13, 21]
+MANY = CONFIGS["forward"]["many"]
+ENCODER = Kind("forward", D=32, vector=8, P=4, fused=False, double=False, few=False, pixels=True, pairs=2)
+
+
+def call_of(dtype=torch.bfloat16, Q=22223, D=32, P=(4, 4, 4, 4), M=8, B=2, sizes=LEVELS, **options) -> Call:
+    """Without storage."""
+    with torch.device("meta"):
+        return Call(
+            value=torch.empty(B, 22223, M, D, dtype=dtype),
+            spatial_shapes=torch.empty(4, 2, dtype=torch.int64),
+            level_start_index=None,
+            locations=torch.empty(B, Q, M, sum(P), 2),
+            weights=torch.empty(B, Q, M, sum(P), dtype=dtype),
+            num_points=list(P),
+            level_sizes=sizes,
+        )._replace(**options)
+
+
+def test_the_kind_of_an_encoders_call():
+    assert kind_of(call_of(), "forward") == ENCODER
+    assert ENCODER.name == "many"
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ({"Q": 300}, {"few": True, "pixels": False}),
+        ({"Q": 300, "sizes": [10, 30]}, {"few": True}),  # a query for each pixel, though few
+        ({"sizes": ()}, {"pixels": False}),
+        ({"M": 8192, "B": 1}, {"pixels": False}),  # a rectangle would span more than 32 bits can count
+        ({"dtype": torch.float32}, {"vector": 4}),
+        ({"dtype": torch.float64}, {"vector": 1, "double": True, "pairs": 1}),
+        ({"dtype": torch.float32, "D": 30}, {"D": 30, "vector": 1}),
+        ({"dtype": torch.float16, "D": 24}, {"D": 24, "vector": 8}),
+        ({"P": (3, 4, 4, 5)}, {"P": 0, "pairs": 0}),
+        ({"reference_points": torch.empty(2, 22223, 4, 2)}, {"fused": True, "pairs": 0}),
+    ],
+)
+def test_kinds(call, expected):
+    assert kind_of(call_of(**call), "forward") == ENCODER._replace(**expected)
+
+
+def test_kinds_of_a_backward():
+    backward = ENCODER._replace(direction="backward", pairs=0)
+    assert kind_of(call_of(), "backward") == backward
+    assert kind_of(call_of(), "backward", deterministic=True) == backward._replace(vector=1)
+    assert kind_of(call_of(), "backward", double=True) == backward._replace(double=True)
+
+
+def test_pairs_need_memory_at_multiples_of_their_size():
+    locations = torch.empty(2 * 300 * 8 * 16 * 2 + 1)
+    for first, pairs in ((0, 2), (1, 0)):
+        moved = locations[first : first + 2 * 300 * 8 * 16 * 2].view(2, 300, 8, 16, 2)
+        assert kind_of(call_of(Q=300, locations=moved), "forward").pairs == pairs
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "expected"),
+    [
+        ({}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=2, warps=2)),
+        ({}, {"pixels": False}, Plan(BLOCK_Q=32, BLOCK_W=0, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=2, warps=2)),
+        ({}, {"vector": 4}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=4, CHUNKS=4, UNROLL=4, PAIRS=2, warps=2)),
+        # 24 channels are a row of 32 lanes' numbers, which is not cut
+        ({}, {"D": 24}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=1, UNROLL=4, PAIRS=2, warps=2)),
+        # one by one: an eighth of the rows
+        ({}, {"D": 30, "vector": 1}, Plan(BLOCK_Q=4, BLOCK_W=4, UNROLL=4, PAIRS=2, warps=2)),
+        ({}, {"D": 2048}, Plan(BLOCK_Q=1, BLOCK_W=1, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=2, warps=2)),
+        ({}, {"D": 2, "vector": 1}, Plan(BLOCK_Q=64, BLOCK_W=8, UNROLL=4, PAIRS=2, warps=2)),
+        ({"tile": 1 << 16}, {}, Plan(BLOCK_Q=128, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=2, warps=2)),
+        ({"split": 4}, {}, Plan(BLOCK_Q=8, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, SHARE=4, PAIRS=1, warps=2)),
+        ({"split": 4}, {"P": 6}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=2, warps=2)),
+        ({"split": 4}, {"P": 0, "pairs": 0}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
+        (
+            {"tile": 64, "split": 4},
+            {},
+            Plan(BLOCK_Q=1, BLOCK_W=1, VEC=8, CHUNKS=2, UNROLL=4, SHARE=4, PAIRS=1, warps=2),
+        ),
+        ({}, {"P": 3}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=1, warps=2)),
+        ({"unroll": 1}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=1, PAIRS=1, warps=2)),
+        ({"pairs": False}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
+        ({"lane": 8, "registers": 96}, {}, Plan(32, 8, VEC=8, UNROLL=4, PAIRS=2, warps=2, registers=96)),
+    ],
+)
+def test_what_a_configuration_becomes(config, kind, expected):
+    assert plan_of(replace(MANY, **config), ENCODER._replace(**kind)) == expected
+
+
+def test_a_grid_covers_every_query_once():
+    call = call_of()
+    assert Plan(BLOCK_Q=32).grid(call) == (695, 8, 2)
+    # 4 x 8: 25 * 21 + 13 * 11 + 7 * 6 + 4 * 3 rectangles
+    assert Plan(BLOCK_Q=32, BLOCK_W=8).grid(call) == (722, 8, 2)
+
+
+def test_options_of_a_launch():
+    assert Plan(BLOCK_Q=1, warps=2).options == {"num_warps": 2, "num_stages": 1}  # AMD knows no maxnreg
+    assert Plan(BLOCK_Q=1, registers=96).options == {"num_warps": 4, "num_stages": 1, "maxnreg": 96}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ({}, "many"),
+        ({"D": 64}, "wide"),
+        ({"few": True}, "few"),
+        ({"few": True, "fused": True}, "few"),
+        ({"fused": True}, "large"),
+        ({"P": 0}, "large"),
+        ({"double": True}, "large"),
+        ({"direction": "backward"}, "many"),
+        ({"direction": "backward", "few": True, "D": 64}, "many"),
+        ({"direction": "backward", "few": True, "fused": True}, "large"),
+    ],
+)
+def test_rows_of_the_table(kind, name):
+    kind = ENCODER._replace(**kind)
+    assert kind.name == name
+    assert choose(kind, "sm_103") in TABLE[kind.direction, name].values()
+
+
+def test_an_architecture_its_vendor_or_any():
+    large = ENCODER._replace(direction="backward", fused=True)
+    assert choose(large, "sm_103") == TABLE["backward", "large"]["sm"] == "all registers"
+    assert choose(large, "gfx942") == choose(large, "xpu") == TABLE["backward", "large"][""] == "large"
+    assert choose(ENCODER, "gfx1100") == TABLE["forward", "many"]["gfx1100"] == "large"
+
+
+@pytest.mark.parametrize("name", CONFIGS["forward"])
+def test_configurations_are_powers_of_two(name):
+    for config in (CONFIGS["forward"][name], *CONFIGS["backward"].values()):
+        numbers = config.tile, config.lane, config.unroll, config.width, config.warps, config.split
+        assert all(n & (n - 1) == 0 for n in numbers)
+
+
+def test_the_fastest_plan():
+    plans = timed_plans(ENCODER)
+    assert len(plans) == len(TIMED["forward"]) == len(set(plans))
+    ms = dict(zip(plans, (5, 3, None, 2, 4, 6, 7), strict=True))
+    ran = []
+
+    def ms_of(function):
+        function()
+        if ms[ran[-1]] is None:
+            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+        return ms[ran[-1]]
+
+    assert fastest(plans, ran.append, ms_of) == plans[3]
+    assert ran == plans
+
+
+CODE = """
+import sys
+import torch
+sys.path[:0] = ["tests"]
+from test_plan import call_of, small_call
+from msda_triton.kernels import launch, plan
+
+times, seen = iter(range(1000, 0, -1)), []  # the last one takes the least
+plan.timing = lambda function: (function(), next(times))[1]
+
+
+def run(kernel, call, arguments, plan):
+    seen.append((plan, arguments))
+
+
+def plans_of(call):
+    seen.clear()
+    launch.forward(call, run=run)
+    return [plan for plan, _ in seen]
+
+
+kind = plan.kind_of(call_of(), "forward")
+timed = plan.timed_plans(kind)
+assert plans_of(call_of()) == [*timed, timed[-1]]
+assert plans_of(call_of(B=1)) == [timed[-1]]  # what the key holds is the same
+runs = plan.timed_plans(kind._replace(pixels=False))
+assert len(runs) == len(timed) - 1  # two configurations become one plan
+assert plans_of(call_of(Q=22222)) == [*runs, runs[-1]]  # another kind
+assert plans_of(call_of(Q=16385)) == [runs[-1]]  # the same power of two
+assert plans_of(call_of(Q=16384)) == [*runs, runs[-1]]
+torch.use_deterministic_algorithms(True)
+assert plans_of(call_of()) == [plan.plan_of(plan.CONFIGS["forward"]["many"], kind)]
+torch.use_deterministic_algorithms(False)
+
+sums = []  # of grad_value, to which every run adds
+def add(kernel, call, arguments, plan):
+    sums.append(arguments["grad_value_ptr"].sum().item())
+    arguments["grad_value_ptr"].add_(1.0)
+
+
+grads = launch.backward(torch.ones(1, 3, 8), small_call(), [True, False, False, False], run=add)
+assert len(sums) == 1 + len(plan.timed_plans(plan.kind_of(small_call(), "backward"))) and sums[1] == 32, sums
+assert sums[-1] == 0 and grads[0].sum() == 32, sums
+print("fine")
+"""
+
+
+def small_call() -> Call:
+    value, locations = torch.ones(1, 4, 1, 8), torch.rand(1, 3, 1, 2, 2)
+    return Call(value, torch.tensor([(2, 2)]), None, locations, torch.rand(1, 3, 1, 2), [2])
+
+
+def test_autotuning_times_the_plans_of_each_kind_once():
+    """In a process whose kernels are not interpreted: there a table decides. Nothing is launched."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.strip() == "fine", done.stderr
