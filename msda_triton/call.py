@@ -21,3 +21,7 @@ class Call(NamedTuple):
     reference_points: Tensor | None = None  # [B, Q, L or 1, 2 or 4]
     value_mask: Tensor | None = None  # [B, S] bool, True on padding
     level_sizes: list[int] | tuple[int, ...] = ()  # H, W of each level in turn; empty if the host does not know them
+
+    def changed(self, **fields) -> "Call":
+        """The call with other fields: `_replace`, which Dynamo of torch 2.7 does not know."""
+        return Call(**{**dict(zip(Call._fields, self, strict=True)), **fields})

@@ -128,7 +128,7 @@ def fused_call(
     check_reference_points(reference_points, call.locations, len(call.num_points))
     if value_mask is not None:
         check_mask("value_mask", value_mask, value.shape[:2], value.device)
-    return call._replace(reference_points=reference_points, value_mask=value_mask)
+    return call.changed(reference_points=reference_points, value_mask=value_mask)
 
 
 def check_reference_points(reference_points: Tensor, offsets: Tensor, L: int) -> None:

@@ -139,7 +139,7 @@ def _check_tokens(name: str, x: Tensor, expected: tuple, layer: nn.Module) -> tu
     if len(shape) != 3 or any(isinstance(n, int) and n != got for n, got in zip(expected, shape, strict=True)):
         checks.raise_shape(name, f"({', '.join(map(str, expected))})", shape)
     # another layer, or one that hooks prepare, may take another dtype, and has its parameters where it likes
-    if type(layer) is nn.Linear and not layer._forward_pre_hooks and "forward" not in vars(layer):
+    if type(layer) is nn.Linear and not layer._forward_pre_hooks and "forward" not in layer.__dict__:
         weight = layer.weight
         if device != weight.device:
             raise ValueError(f"{name}: expected on the module's device {weight.device}, got {device}")

@@ -6,6 +6,7 @@ operators have the same derivatives, for graphs that hold them. Triton is import
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -87,9 +88,11 @@ def _differentiable(call: Call) -> tuple[Tensor | None, ...]:
     return call.value, call.locations, call.weights, call.reference_points
 
 
-def _save(ctx, call: Call, *tensors: Tensor) -> None:
-    """Keep a call, and some tensors besides, for `_saved`."""
-    ctx.save_for_backward(*call[: _PLAIN_FIELDS - 1], call.reference_points, call.value_mask, *tensors)
+def _save(ctx, operands: Sequence, *tensors: Tensor) -> None:
+    """Keep a call's operands, and some tensors besides, for `_saved`."""
+    call = Call(*operands)
+    # a slice of a named tuple is one more that Dynamo of torch 2.7 does not know
+    ctx.save_for_backward(*operands[: _PLAIN_FIELDS - 1], call.reference_points, call.value_mask, *tensors)
     ctx.num_points, ctx.level_sizes = call.num_points, call.level_sizes
 
 
@@ -108,7 +111,7 @@ class Attention(torch.autograd.Function):
         *operands, backend = operands_and_backend
         call = Call(*operands)
         if ctx is not None:
-            _save(ctx, call)
+            _save(ctx, operands)
             ctx.backend = backend
         if forward_ad._current_level >= 0:
             _refuse_tangents(*_differentiable(call))
@@ -117,7 +120,7 @@ class Attention(torch.autograd.Function):
         if call.value.device.type != "cpu":
             return ms_deform_attn_reference(call)
         if traced(call.value, call.locations, call.weights):
-            return _fallback_forward_op(*call[:_PLAIN_FIELDS])
+            return _fallback_forward_op(*operands[:_PLAIN_FIELDS])
         return inductor_forward(call) if backend == "inductor" else fallback_forward(call)
 
     @staticmethod
@@ -144,7 +147,7 @@ class AttentionBackward(torch.autograd.Function):
         *operands, needs, backend = operands_needs_and_backend
         call = Call(*operands)
         if ctx is not None:
-            _save(ctx, call, grad_out)
+            _save(ctx, operands, grad_out)
             ctx.needs = needs
         if forward_ad._current_level >= 0:
             _refuse_tangents(grad_out, *_differentiable(call))
@@ -154,7 +157,7 @@ class AttentionBackward(torch.autograd.Function):
         if call.value.device.type != "cpu":
             return *_reference_gradients(grad_out, call, needs), None
         if traced(call.value, call.locations, call.weights, grad_out):
-            grads = _fallback_backward_op(grad_out, *call[:_PLAIN_FIELDS], needs)
+            grads = _fallback_backward_op(grad_out, *operands[:_PLAIN_FIELDS], needs)
             return *_with_none(grads, needs), None
         run = inductor_backward if backend == "inductor" else fallback_backward
         return *run(grad_out, call, needs), None
@@ -169,7 +172,7 @@ class AttentionBackward(torch.autograd.Function):
         with torch.enable_grad():
             grad_out, *inputs = (_leaf(x, higher) for x in (grad_out, *_differentiable(call)))
             value, locations, weights, points = inputs
-            call = call._replace(value=value, locations=locations, weights=weights, reference_points=points)
+            call = call.changed(value=value, locations=locations, weights=weights, reference_points=points)
             wanted = [x for x, need in zip(inputs, needs, strict=False) if need]  # the fallback has no fourth
             grads = torch.autograd.grad(ms_deform_attn_reference(call), wanted, grad_out, create_graph=True)
             given = [g for g, need in zip(grad_grads, needs, strict=True) if need]
@@ -197,7 +200,7 @@ def _reference_gradients(grad_out: Tensor, call: Call, needs: list[bool]) -> tup
     inputs = [x.detach().requires_grad_(need) for x, need in zip(_differentiable(call), needs, strict=False)]
     value, locations, weights = inputs
     with torch.enable_grad():
-        out = ms_deform_attn_reference(call._replace(value=value, locations=locations, weights=weights))
+        out = ms_deform_attn_reference(call.changed(value=value, locations=locations, weights=weights))
     wanted = [x for x in inputs if x.requires_grad]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
     return tuple(next(grads) if need else None for need in needs)
@@ -219,13 +222,13 @@ def needs_gradient(call: Call) -> bool:
 
 
 def _keep_forward(ctx, inputs, output) -> None:
-    _save(ctx, Call(*inputs))
+    _save(ctx, inputs)
     ctx.backend = "triton" if len(inputs) == len(Call._fields) else "torch"
 
 
 def _keep_backward(ctx, inputs, output) -> None:
     grad_out, *operands, ctx.needs = inputs
-    _save(ctx, Call(*operands), grad_out)
+    _save(ctx, operands, grad_out)
 
 
 def _register_derivatives() -> None:

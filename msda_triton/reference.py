@@ -114,10 +114,10 @@ def plain(call: Call) -> Call:
         value, points, offsets = call.value, call.reference_points, call.locations
         dtype = compute_dtype(value, offsets, call.weights, points)
         locations = sampling_locations(points.to(dtype), offsets.to(dtype), call.spatial_shapes, call.num_points)
-        call = call._replace(locations=locations, weights=call.weights.to(dtype).softmax(-1), reference_points=None)
+        call = call.changed(locations=locations, weights=call.weights.to(dtype).softmax(-1), reference_points=None)
     if call.value_mask is not None:
         value = call.value.masked_fill(call.value_mask[:, :, None, None], 0)
-        call = call._replace(value=value, value_mask=None)
+        call = call.changed(value=value, value_mask=None)
     return call
 
 

@@ -202,7 +202,7 @@ def _batches(images: int, call: Call, *tensors: Tensor):
     given = {name: x for name, x in call._asdict().items() if name in of_images and x is not None}
     for i in range(0, call.value.shape[0], images):
         part = slice(i, i + images)
-        yield call._replace(**{name: x[part] for name, x in given.items()}), *(x[part] for x in tensors)
+        yield call.changed(**{name: x[part] for name, x in given.items()}), *(x[part] for x in tensors)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
