@@ -52,7 +52,7 @@ OTHER_TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "gfx90a", "gfx1100"]
 _source, _first = inspect.getsourcelines(channels.load_rows.fn)
 GRAD_OUT_LOADS = {("channels.py", _first + i) for i in range(len(_source))}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-# compiled in every configuration and for every target, and by --quick: (variant, dtype, channels per head)
+# compiled in every configuration on budget targets, and by --quick: (variant, dtype, channels per head)
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
 # "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
 VARIANTS = {
@@ -97,7 +97,7 @@ def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Cas
                 names = default_configs(kernel, *kind, target)[: 1 if quick else 2]
                 if target in BUDGET_TARGETS and kind in MAIN and not quick:
                     names += [name for name in configs if name not in names]
-                for name in {launch_of(kernel, *kind, name).plan: name for name in reversed(names)}.values():
+                for name in {launch_of(kernel, *kind, name, target).plan: name for name in reversed(names)}.values():
                     yield Case(kernel, *kind, name, target)
 
 
@@ -150,8 +150,8 @@ class Launch(NamedTuple):
 
 
 @functools.cache
-def launch_of(kernel: str, variant: str, dtype: str, channels: int, config: str) -> Launch:
-    """The launch of a kernel with a configuration, by its name."""
+def launch_of(kernel: str, variant: str, dtype: str, channels: int, config: str, target: str) -> Launch:
+    """The launch of a kernel with a configuration, by its name, on a target."""
     call, launches = _call(variant, dtype, channels), []
 
     def run(function, call, arguments, plan):
@@ -159,7 +159,7 @@ def launch_of(kernel: str, variant: str, dtype: str, channels: int, config: str)
         launches.append(Launch(function, {name: given[name] for name in function.arg_names}, plan))
 
     kind = _kind(kernel, variant, call)
-    plan = None if kernel == "bound" else plans.plan_of(plans.CONFIGS[kernel][config], kind)
+    plan = None if kernel == "bound" else plans.named_plan(config, kind, target)
     if kernel == "forward":
         launch.forward(call, plan, run=run)
         return launches[0]
@@ -171,7 +171,7 @@ def launch_of(kernel: str, variant: str, dtype: str, channels: int, config: str)
 
 
 def launched(case: Case) -> Launch:
-    return launch_of(case.kernel, case.variant, case.dtype, case.channels, case.config)
+    return launch_of(*asdict(case).values())
 
 
 def compile_case(case: Case) -> CompiledKernel:
@@ -212,8 +212,10 @@ def measure(case: Case) -> dict:
 
 
 def plan_text(case: Case) -> str:
-    plan = launched(case).plan
-    numbers = plan.constants | {"warps": plan.warps, "registers": plan.registers}
+    """The constants that the kernel has of its plan, and what else the compiler is told."""
+    _, arguments, plan = launched(case)
+    numbers = {name: number for name, number in plan.constants.items() if name in arguments}
+    numbers |= {"warps": plan.warps, "registers": plan.registers}
     return " ".join(f"{name}={number}" for name, number in numbers.items() if number is not None)
 
 

@@ -45,8 +45,8 @@ def time_call(call: Call, grad_out: torch.Tensor, repeat_ms: float) -> Iterator[
     time = TIMERS["wall" if call.value.device.type == "cpu" else "events"]
     for direction, configs in plans.CONFIGS.items():
         kind, times = plans.kind_of(call, direction), {}
-        for name, config in configs.items():
-            plan = plans.plan_of(config, kind)
+        for name in configs:
+            plan = plans.named_plan(name, kind, architecture())
             if direction == "forward":
                 run = functools.partial(launch.forward, call, plan)
             else:

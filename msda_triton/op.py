@@ -98,8 +98,9 @@ def _save(ctx, operands: Sequence, *tensors: Tensor) -> None:
 
 def _saved(ctx) -> tuple:
     """The call and the tensors that were kept."""
-    *plain, points, mask = ctx.saved_tensors[: _PLAIN_FIELDS + 1]
-    return Call(*plain, ctx.num_points, points, mask, ctx.level_sizes), *ctx.saved_tensors[_PLAIN_FIELDS + 1 :]
+    tensors = ctx.saved_tensors  # which torch.utils.checkpoint hands out once
+    *plain, points, mask = tensors[: _PLAIN_FIELDS + 1]
+    return Call(*plain, ctx.num_points, points, mask, ctx.level_sizes), *tensors[_PLAIN_FIELDS + 1 :]
 
 
 class Attention(torch.autograd.Function):
@@ -263,7 +264,7 @@ _fallback_backward_op = torch.ops.msda_triton.fallback_backward.default
 
 
 def set_autotune(enabled: bool) -> None:
-    """Whether the first call with new sizes times every kernel configuration, which takes seconds.
+    """Whether the first call with new sizes times several kernel configurations, which takes seconds.
 
     Off by default: a table decides. Under `torch.use_deterministic_algorithms(True)` it always does.
 

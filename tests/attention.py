@@ -79,7 +79,7 @@ def assert_error_budget(got, rounded, exact, names) -> None:
 
 
 def brute_force(value, shapes, locations, weights, starts=None):
-    """The rule of design section 4 in scalar Python, on float64 tensors without gradients."""
+    """The rule of `ms_deform_attn` in scalar Python, on float64 tensors without gradients."""
     B, _, M, D = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
     if starts is None:

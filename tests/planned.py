@@ -8,16 +8,18 @@ from msda_triton.kernels import launch
 from msda_triton.kernels.plan import Config, kind_of, plan_of
 
 
-def attend(call: Call, config: Config | None = None, **options) -> Tensor:
+def attend(call: Call, config: Config | dict[str, Config] | None = None, **options) -> Tensor:
     """A call's result, differentiable.
 
     Args:
-        config: of both directions; None for the table's. options: `run` and `images` of the launchers.
+        config: of both directions, or of each by its name; None for the table's. options: `run` and `images` of the
+            launchers.
     """
     return _Attend.apply(config, options, *call)
 
 
-def _plan(call: Call, direction: str, config: Config | None):
+def _plan(call: Call, direction: str, config):
+    config = config[direction] if isinstance(config, dict) else config
     return None if config is None else plan_of(config, kind_of(call, direction))
 
 

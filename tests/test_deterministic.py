@@ -1,5 +1,7 @@
 """The backward under `torch.use_deterministic_algorithms`: the same bits, and the right ones."""
 
+import math
+
 import pytest
 import torch
 from attention import gradients, make_inputs, oracle, oracle_gradients
@@ -71,6 +73,29 @@ def test_deterministic_sums_of_very_large_and_very_small_gradients(size, weight,
             torch.use_deterministic_algorithms(False)
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(*grads, rtol=1e-6, atol=2.0**-126)
+
+
+@pytest.mark.parametrize(("weight", "size"), [(1e20, 1e20), (-1e30, 1e12), (1e38, 1e38), (1e10, -3e38)])
+@pytest.mark.parametrize("queries", [1, 2, 4])
+def test_deterministic_sums_of_infinite_terms(queries, weight, size, device):
+    """A product beyond float32 is infinite, as in sums of floats; one of 1e76, which no unit serves, is NaN."""
+    value = torch.ones(1, 2, 1, 1, device=device, requires_grad=True)
+    locations = torch.tensor([0.25, 0.5], device=device).expand(1, queries, 1, 1, 1, 2)
+    weights = torch.full((1, queries, 1, 1, 1), weight, device=device)
+    grads = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            out = ms_deform_attn(value, [(1, 2)], locations, weights, backend="triton")
+            grads += torch.autograd.grad(out, value, torch.full_like(out, size))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    # at the centre of the first pixel: the second one gets zero times that
+    assert grads[0][0, 0] == math.copysign(math.inf, weight * size)
+    if weight * size == pytest.approx(1e76):
+        assert grads[1].isnan().all()
+    else:
+        assert grads[1].flatten().tolist() == [grads[0][0, 0], 0]
 
 
 def test_deterministic_sums_know_the_padding(device):

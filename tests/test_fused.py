@@ -251,3 +251,48 @@ def test_module_takes_whatever_stands_in_for_its_layers(change):
     change(module)
     out = module(torch.randn(2, 21, 16), torch.rand(2, 21, 3, 2), torch.randn(2, S, 16), SHAPES)
     assert out.shape == (2, 21, 16) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "levels"), [(2, 1), (2, 3), (4, 1), (4, 3)])
+def test_locations_and_weights_of_the_module(dim, levels, dtype):
+    """By the paper's formulas in float64; and the plain operator on them gives what the module gives."""
+    module = MSDeformAttn(d_model=16, n_levels=3, n_heads=2, n_points=2, backend="torch").to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    query, source = torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, S, 16, dtype=dtype)
+    points = torch.rand(2, 5, levels, dim, dtype=torch.promote_types(dtype, torch.float32))
+    shapes = SHAPES if levels == 1 else torch.tensor(SHAPES)
+    with torch.no_grad():
+        locations, weights = module.locations_and_weights(query, points, shapes)
+        expected = module(query, points, source, shapes)
+        value = module.value_proj(source).view(2, S, 2, 8)
+        offsets = module.sampling_offsets(query).view(2, 5, 2, 3, 2, 2).double()
+        logits = module.attention_weights(query).view(2, 5, 2, 3, 2).double()
+        assert locations.dtype == weights.dtype == torch.promote_types(dtype, torch.float32)
+        by_formula = written_out(value, points.double(), offsets, logits, None, lambda v, s, x, a: (x, a))
+        for got, want in zip((locations, weights), by_formula, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+        out = module.output_proj(ms_deform_attn(value, SHAPES, locations, weights))
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(2, 5, 8)}, r"query: expected shape \(B, Q, 16\), got \(2, 5, 8\)"),
+        ({"reference_points": torch.zeros(2, 5, 2, 2)}, r"reference_points: expected shape \(2, 5, 3 or 1, 2 or 4\)"),
+        ({"input_spatial_shapes": SHAPES[:2]}, "spatial_shapes: expected 3 x 2 integers"),
+        ({"input_spatial_shapes": torch.zeros(2, 2, dtype=torch.long)}, r"spatial_shapes: expected shape \(3, 2\)"),
+    ],
+)
+def test_bad_input_of_locations_and_weights(changes, message):
+    module = MSDeformAttn(d_model=16, n_levels=3, n_heads=2, n_points=2)
+    given = {
+        "query": torch.zeros(2, 5, 16),
+        "reference_points": torch.zeros(2, 5, 3, 2),
+        "input_spatial_shapes": SHAPES,
+    }
+    with pytest.raises(ValueError, match=message):
+        module.locations_and_weights(**given | changes)

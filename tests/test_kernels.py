@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from msda_triton import ms_deform_attn, ms_deform_attn_fused
 from msda_triton.checks import fused_call, plain_call
 from msda_triton.kernels import launch
-from msda_triton.kernels.plan import Config
+from msda_triton.kernels.plan import CONFIGS, Config
 
 NAMES = ("out", "grad_value", "grad_locations", "grad_weights")
 SHAPES = [(6, 9), (3, 5), (2, 2), (1, 1), (4, 3)]
@@ -41,6 +41,28 @@ def test_channels(D, dtype, device, poisoned_empty):
 )
 def test_levels_and_points(L, P, device, poisoned_empty):
     check(SHAPES[:L], make_inputs(SHAPES[:L], B=1, Q=5, M=1, P=P, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", sorted({*CONFIGS["forward"], *CONFIGS["backward"]}))
+def test_every_configuration(name, fused, device, poisoned_empty):
+    """Interpreted, other calls run a configuration of the interpreter's own. Queries are pixels: rectangles are cut."""
+    shapes = [(3, 9)]
+    dtype = torch.float32 if fused else torch.bfloat16
+    inputs = make_inputs(shapes, B=1, Q=27, M=1, D=16, P=4, dtype=dtype, device=device)
+    configs = {direction: of.get(name, of["many"]) for direction, of in CONFIGS.items()}
+    if not fused:
+        check(shapes, inputs, lambda *inputs: attend(plain_call(*inputs), configs))
+        return
+    grad_out = torch.randn(1, 27, 16, device=device)
+    # boxes at zero, eight times the map: an offset moves by 8 / 2 / P = 1, and is the location
+    points = torch.tensor([0.0, 0.0, 8.0, 8.0], device=device).expand(1, 27, 1, 4)
+    got = gradients(lambda v, x, a: attend(fused_call(v, shapes, points, x, a), configs), inputs, grad_out)
+    exact = oracle_gradients(
+        lambda v, x, a: oracle(v, shapes, x, a.flatten(3).softmax(-1).view_as(a)), inputs, grad_out
+    )
+    for name, x, y in zip(NAMES, got, exact, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("Q", [1, 31, 32, 33, 128, 130, 257])
@@ -108,9 +130,16 @@ def test_more_images_than_a_grid_has_room_for(device, poisoned_empty):
         launch.run(kernel, call, arguments, plan)
 
     function = lambda *inputs: attend(plain_call(*inputs), run=run, images=2)  # noqa: E731
+    inputs = make_inputs(SHAPES[:2], B=5, Q=3, M=2, dtype=torch.bfloat16, device=device)
     with torch.autocast(device, dtype=torch.float16):  # PyTorch refuses to concatenate bfloat16 there
-        check(SHAPES[:2], make_inputs(SHAPES[:2], B=5, Q=3, M=1, dtype=torch.bfloat16, device=device), function)
+        check(SHAPES[:2], inputs, function)
     assert batches == [2, 2, 1, 2, 2, 1]
+    call = plain_call(inputs[0].detach(), SHAPES[:2], inputs[1], inputs[2])
+    whole, joined = (
+        launch.backward(torch.ones(5, 3, 16, device=device), call, [True, True, True, False], images=images)
+        for images in (5, 2)
+    )
+    assert [x.stride() for x in whole[:3]] == [x.stride() for x in joined[:3]]
 
 
 @pytest.mark.parametrize("D", [256, 1025, 2048])

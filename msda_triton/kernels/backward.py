@@ -27,9 +27,12 @@ def _corner(
         value = load_channels(value_ptrs, inside[:, None] & in_row, grad_out.dtype, D, CHUNKS)
         dot = tl.sum(grad_out * value, 1)
     if NEEDS_VALUE:
-        grad = weight[:, None] * grad_out
-        if scale is not None:
-            grad = tl.floor(grad * scale + 0.5).to(tl.int64)
+        if scale is None:
+            grad = weight[:, None] * grad_out
+        else:
+            # a small scale first: the product of two large numbers may be infinite, and no integer is
+            grad = weight[:, None] * (grad_out * tl.minimum(scale, 1.0))
+            grad = tl.floor(grad * tl.maximum(scale, 1.0) + 0.5).to(tl.int64)
         add_channels(grad_ptrs, grad, (inside & here)[:, None] & in_row_add, D, VEC, CHUNKS)
     return dot
 

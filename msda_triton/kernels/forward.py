@@ -27,13 +27,14 @@ def _msda_fwd_kernel(
     """out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
     With REF_DIM 2 or 4, loc holds offsets from a reference point or box, and attn logits of a softmax over l and p.
-    A program has BLOCK_Q queries of one head and image. SHARE rows share a query; each takes every SHARE-th point.
+    A program has BLOCK_Q queries of one head and image. Of a query's SHARE rows, row r takes points r, r + SHARE, ...
     """
-    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, SHARE)
+    b, m, first, query, _here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, SHARE)
     loc_ptr += (first * M + m) * (2 * K) + query * (M * 2 * K)
     attn_ptr += (first * M + m) * K + query * (M * K)
     ref_ptr = None if REF_DIM == 0 else ref_ptr + (first + query) * (REF_L * REF_DIM)
     softmax = softmax_of_rows(attn_ptr, ACC, K, BLOCK_K, REF_DIM > 0)
+    # from here on the pointers are those of a row's first point
     loc_ptr += 2 * (tl.arange(0, BLOCK_Q * SHARE) % SHARE)
     attn_ptr += tl.arange(0, BLOCK_Q * SHARE) % SHARE
     value_ptr += b * stride_vb + m * stride_vm
@@ -46,7 +47,7 @@ def _msda_fwd_kernel(
         hidden_ptr = None if mask_ptr is None else mask_ptr + (b * S + start)
         level_ptr = value_ptr + start.to(tl.int64) * STRIDE_VS + lane
         GROUP: tl.constexpr = 2 if PAIRS == 2 else 1
-        for p in tl.range(0, num_points, SHARE * GROUP, loop_unroll_factor=UNROLL // GROUP if REF_DIM == 0 else 1):
+        for p in tl.range(0, num_points, SHARE * GROUP, loop_unroll_factor=UNROLL):
             for i in tl.static_range(GROUP):
                 x, y, attn, _u, _v = load_sample(
                     loc_ptr + 2 * (k + p), attn_ptr + k + p, i, ref, softmax, H, W, ACC, REF_DIM, PAIRS
@@ -67,5 +68,6 @@ def _msda_fwd_kernel(
 
     if SHARE > 1:
         out = tl.sum(tl.reshape(out, (BLOCK_Q, SHARE, BLOCK_D)), 1)
+    # a row for each query is left; a sum of SHARE rows has no chunks. With SHARE 1 these are the rows of above
     _b, _m, _first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, 1)
     store_rows(out_ptr, (first * M + m) * D, query * (M * D), out, here, D, BLOCK_D, CHUNKS if SHARE == 1 else 1)

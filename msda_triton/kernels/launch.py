@@ -1,4 +1,4 @@
-"""A call in, a plan out: what the kernels are handed, where they write, and how they are run."""
+"""A call in, a result out: what the kernels are handed, where they write, and how they are run."""
 
 import contextlib
 import functools
@@ -102,11 +102,9 @@ def backward(
         if plan is None:
             kind = plans.kind_of(call, "backward", deterministic=needs_value and deterministic, double=double)
             plan = _choose(kind, arguments, functools.partial(run, _msda_bwd_kernel, call, arguments))
-            if plans.timing is not None and needs_value:
-                grad_value.zero_()  # every timed repetition added to it
         run(_msda_bwd_kernel, call, arguments, plan)
     if scale is not None:
-        grad_value = grad_value.to(acc) / scale.view(B, 1, M, 1)
+        grad_value = grad_value.to(acc).div_(scale.view(B, 1, M, 1))
     if needs_value:
         grad_value = grad_value.to(call.value.dtype)
     if needs_points:
@@ -166,7 +164,10 @@ def _readable(value: Tensor) -> Tensor:
 
 
 def _fixed_point_scale(call: Call, arguments: dict, run: Run) -> Tensor:
-    """[B, M] powers of two, such that the terms of one pixel sum to 62 bits at most; NaN for a gradient not finite."""
+    """[B, M] powers of two, such that the terms of one pixel sum to 62 bits at most.
+
+    NaN for a gradient that is not finite, or larger by far than any number of the computation's dtype.
+    """
     B, Q, M, K = call.weights.shape
     dtype = torch.float64 if arguments["ACC"] == tl.float64 else torch.float32
     weight, grad = torch.empty(2, B, Q, M, dtype=dtype, device=call.value.device)
@@ -176,7 +177,8 @@ def _fixed_point_scale(call: Call, arguments: dict, run: Run) -> Tensor:
     largest = torch.where(weight >= 0, weight.double() * grad.double(), 0).amax(1)
     exponent = 62 - torch.log2(largest * (Q * K)).ceil()
     finest = 126 if dtype == torch.float32 else 1000  # powers of two that dtype has
-    return torch.where(largest.isfinite(), torch.exp2(exponent.clamp(-finest, finest)), torch.nan).to(dtype)
+    known = largest.isfinite() & (exponent >= -finest)
+    return torch.where(known, torch.exp2(exponent.clamp(-finest, finest)), torch.nan).to(dtype)
 
 
 _fastest: dict[tuple, Plan] = {}
@@ -184,15 +186,17 @@ _fastest: dict[tuple, Plan] = {}
 
 def _choose(kind: Kind, arguments: dict, launch: Callable[[Plan], None]) -> Plan:
     """The table's plan; the fastest one of all if `set_autotune` is on."""
-    device = arguments["value_ptr"].device
+    architecture = plans.architecture(arguments["value_ptr"].device)
     # another plan adds channels in another order: the last bit of a gradient would depend on the timing
     if plans.timing is None or plans.INTERPRETED or torch.are_deterministic_algorithms_enabled():
-        return plans.default_plan(kind, device)
+        return plans.default_plan(kind, architecture)
     # every key is timed: of the image's size no more than a power of two
     sizes = triton.next_power_of_2(arguments["Q"]), *(arguments[name] for name in ("M", "L", "K", "REF_DIM"))
-    key = kind, device, sizes, tuple(x.dtype for x in arguments.values() if isinstance(x, Tensor))
+    key = kind, architecture, sizes, tuple(getattr(x, "dtype", None) for x in arguments.values())
     if key not in _fastest:
-        _fastest[key] = plans.fastest(plans.timed_plans(kind), launch, plans.timing)
+        _fastest[key] = plans.fastest(plans.timed_plans(kind, architecture), launch, plans.timing)
+        if arguments.get("grad_value_ptr") is not None:
+            arguments["grad_value_ptr"].zero_()  # every repetition added to it
     return _fastest[key]
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ _FEW_ROWS = 1 << 15  # of [B, Q, M]: with fewer, programs of 32 rows leave a lar
 
 @dataclass(frozen=True)
 class Config:
-    """How to divide the work of any call: powers of two, which a `Plan` fits to the call's sizes."""
+    """How to divide the work of any call, in powers of two and zeros: a `Plan` fits them to the call."""
 
     tile: int  # float32 numbers of a program's [rows, BLOCK_D] tile
     lane: int  # channels of a row that one lane has, at most 4 vectors of 16 bytes
@@ -30,7 +30,7 @@ class Config:
     warps: int
     split: int = 1  # forward only: rows that share a query, each with its part of a level's points
     pairs: bool = True  # forward only: neighbouring locations and weights are one load
-    registers: int | None = None  # per thread, at most; None leaves it to the compiler
+    registers: int | None = None  # per thread, at most, on NVIDIA; None leaves it to the compiler
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Plan:
     BLOCK_W: int = 0  # columns of a program's rectangle of queries; 0: a run of queries
     VEC: int = 1  # neighbouring channels that a lane has: 16 bytes of value, or 1 where they do not fit
     CHUNKS: int = 1  # equal pieces of a row, of each of which a lane has VEC channels
-    UNROLL: int = 1  # points of a level worked on at once
+    UNROLL: int = 1  # rounds of the loop over points that are worked on at once
     SHARE: int = 1  # rows that share a query
-    PAIRS: int = 0  # 1: x and y of a location are one load; 2: so are the weights of two points
+    PAIRS: int = 0  # 1: x and y of a location are one load; 2: so are the weights of two points, a round of the loop
     warps: int = 4
     registers: int | None = None
 
@@ -56,7 +56,6 @@ class Plan:
     def options(self) -> dict[str, int]:
         """What a launch takes besides a kernel's arguments."""
         options = {"num_warps": self.warps, "num_stages": 1}
-        # AMD's compiler does not know the option
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def grid(self, call: Call) -> tuple[int, int, int]:
@@ -149,17 +148,23 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     lane = min(config.lane, kind.D)
     chunks = lane // kind.vector if 1 < kind.vector < lane and block_d == kind.D else 1
     rows = config.tile // (block_d if kind.vector > 1 else 8 * block_d)
-    share = config.split if kind.P and kind.P % config.split == 0 else 1
+    share = config.split if kind.direction == "forward" and kind.P and kind.P % config.split == 0 else 1
     block_q = min(max(rows, share), MAX_ROWS) // share
+    # the fused forward spills with two points at once
+    unroll = 1 if kind.fused and kind.direction == "forward" else config.unroll
     pairs = kind.pairs if config.pairs else 0
-    if pairs == 2 and (share > 1 or kind.P % 2 or config.unroll % 2):
-        pairs = 1
+    if pairs == 2:
+        # a round takes two points: those of a row are neighbours, and as many as rounds have
+        if share == 1 and kind.P % 2 == 0 and unroll % 2 == 0:
+            unroll //= 2
+        else:
+            pairs = 1
     return Plan(
         BLOCK_Q=block_q,
         BLOCK_W=min(config.width, block_q) if kind.pixels else 0,
         VEC=kind.vector,
         CHUNKS=chunks,
-        UNROLL=config.unroll,
+        UNROLL=unroll,
         SHARE=share,
         PAIRS=pairs,
         warps=config.warps,
@@ -167,9 +172,9 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     )
 
 
-# The large kernels are fused ones, those with points per level that differ, and those in float64. ptxas spills a few of
-# their registers to fit more programs, unless less is done at once or a thread may use all that it can have; on small
-# or older architectures also those of others. 96 registers are for value with more than 32 channels per head.
+# "large" is for kernels that need many registers: fused ones, float64, points per level that differ. The compiler caps
+# the registers of a thread so that more programs fit, and may then keep a few numbers in memory (it spills). Less work
+# at once, or another cap, avoids that: 255 is all that a thread can have, 96 is enough for plain kernels.
 CONFIGS = {
     "forward": {
         "many": Config(tile=1024, lane=16, unroll=4, width=8, warps=2),
@@ -225,7 +230,7 @@ TABLE = {
     ("backward", "many"): {"": "many", "sm_75": "all registers"},
     ("backward", "large"): {"": "large", "sm": "all registers"},
 }
-# what `set_autotune(True)` times
+# what `set_autotune(True)` times besides
 TIMED = {
     "forward": (
         "many", "many, runs", "four warps", "four warps, lanes of 8", "one warp, lanes of 8", "few", "few, lanes of 8",
@@ -242,16 +247,26 @@ def choose(kind: Kind, architecture: str) -> str:
     return row.get(architecture) or row.get(vendor) or row[""]
 
 
-def default_plan(kind: Kind, device: torch.device) -> Plan:
-    """What runs untimed."""
+@functools.lru_cache(maxsize=4096)
+def named_plan(name: str, kind: Kind, architecture: str) -> Plan:
+    """What a configuration of CONFIGS becomes for a kind of call on an architecture."""
+    config = CONFIGS[kind.direction][name]
+    if not architecture.startswith("sm_"):
+        config = replace(config, registers=None)  # other compilers do not know the option
+    return plan_of(config, kind)
+
+
+def default_plan(kind: Kind, architecture: str) -> Plan:
+    """What runs untimed: TABLE's plan, or where kernels are interpreted one of its own."""
     if INTERPRETED:
         return plan_of(_INTERPRETED[kind.direction], kind)
-    return plan_of(CONFIGS[kind.direction][choose(kind, architecture(device))], kind)
+    return named_plan(choose(kind, architecture), kind, architecture)
 
 
-def timed_plans(kind: Kind) -> list[Plan]:
-    """The plans that `fastest` chooses from, each once."""
-    return list(dict.fromkeys(plan_of(CONFIGS[kind.direction][name], kind) for name in TIMED[kind.direction]))
+def timed_plans(kind: Kind, architecture: str) -> list[Plan]:
+    """The plans that `set_autotune(True)` chooses from, each once: TABLE's and those of TIMED."""
+    names = [choose(kind, architecture), *TIMED[kind.direction]]
+    return list(dict.fromkeys(named_plan(name, kind, architecture) for name in names))
 
 
 @functools.cache

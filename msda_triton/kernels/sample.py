@@ -10,8 +10,8 @@ from msda_triton.kernels.dtypes import load_number, widen
 def rows_of_program(shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, SHARE: tl.constexpr):
     """(b, m, first, query, here) of a program: its image, its head, and BLOCK_Q queries, each in SHARE rows.
 
-    first is the index in [B, Q] of its first query, query [BLOCK_Q * SHARE] counts from it, and here masks: past the
-    edge of the map a query is repeated, and masked. Memory is addressed by 64 bits for a program and 32 for its rows.
+    first is the index in [B, Q] of its first query, query [BLOCK_Q * SHARE] counts from it in 32 bits, and here masks:
+    rows past the edge of the map repeat its last query, and are masked.
     """
     m, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, H, W, y, x = _tile_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W)
