@@ -163,7 +163,7 @@ def _resolve(call: Call, method: str, backend: str) -> tuple[Callable[..., Tenso
     if method != "default":
         return discrete_attention, (call, method)
     if backend != "triton":
-        call = plain(call).changed(level_sizes=())
+        call = plain(call)
         exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
         if exported or (call.value.device.type != "cpu" and traced(call.value, call.locations, call.weights)):
             # plain operators, which ONNX, AOTInductor and other runtimes know

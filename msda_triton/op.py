@@ -88,9 +88,8 @@ def _differentiable(call: Call) -> tuple[Tensor | None, ...]:
     return call.value, call.locations, call.weights, call.reference_points
 
 
-def _save(ctx, operands: Sequence, *tensors: Tensor) -> None:
-    """Keep a call's operands, and some tensors besides, for `_saved`."""
-    call = Call(*operands)
+def _save(ctx, call: Call, operands: Sequence, *tensors: Tensor) -> None:
+    """Keep a call, of these operands, and some tensors besides, for `_saved`."""
     # a slice of a named tuple is one more that Dynamo of torch 2.7 does not know
     ctx.save_for_backward(*operands[: _PLAIN_FIELDS - 1], call.reference_points, call.value_mask, *tensors)
     ctx.num_points, ctx.level_sizes = call.num_points, call.level_sizes
@@ -112,7 +111,7 @@ class Attention(torch.autograd.Function):
         *operands, backend = operands_and_backend
         call = Call(*operands)
         if ctx is not None:
-            _save(ctx, operands)
+            _save(ctx, call, operands)
             ctx.backend = backend
         if forward_ad._current_level >= 0:
             _refuse_tangents(*_differentiable(call))
@@ -148,7 +147,7 @@ class AttentionBackward(torch.autograd.Function):
         *operands, needs, backend = operands_needs_and_backend
         call = Call(*operands)
         if ctx is not None:
-            _save(ctx, operands, grad_out)
+            _save(ctx, call, operands, grad_out)
             ctx.needs = needs
         if forward_ad._current_level >= 0:
             _refuse_tangents(grad_out, *_differentiable(call))
@@ -219,17 +218,22 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 def needs_gradient(call: Call) -> bool:
     """Whether a gradient of a call can be asked for."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in _differentiable(call))
+    if not torch.is_grad_enabled():
+        return False
+    points = call.reference_points
+    if call.value.requires_grad or call.locations.requires_grad or call.weights.requires_grad:
+        return True
+    return points is not None and points.requires_grad
 
 
 def _keep_forward(ctx, inputs, output) -> None:
-    _save(ctx, inputs)
+    _save(ctx, Call(*inputs), inputs)
     ctx.backend = "triton" if len(inputs) == len(Call._fields) else "torch"
 
 
 def _keep_backward(ctx, inputs, output) -> None:
     grad_out, *operands, ctx.needs = inputs
-    _save(ctx, operands, grad_out)
+    _save(ctx, Call(*operands), operands, grad_out)
 
 
 def _register_derivatives() -> None:

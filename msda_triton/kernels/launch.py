@@ -26,7 +26,7 @@ def run(kernel, call: Call, arguments: dict, plan: Plan) -> None:
     """Launch a kernel on value's device, with those of the arguments and of the plan's constants that it has."""
     given = arguments | plan.constants
     with _on_device(call.value):
-        kernel[plan.grid(call)](*(given[name] for name in kernel.arg_names), **plan.options)
+        kernel[plan.grid(call)](*[given[name] for name in kernel.arg_names], **plan.options)
 
 
 def forward(call: Call, plan: Plan | None = None, *, run: Run = run, images: int = MAX_IMAGES) -> Tensor:
@@ -41,10 +41,12 @@ def forward(call: Call, plan: Plan | None = None, *, run: Run = run, images: int
         return _joined([forward(part, plan, run=run, images=images) for (part,) in _batches(images, call)])
     out = torch.empty(B, Q, M * D, dtype=call.value.dtype, device=call.value.device)
     if out.numel():
-        arguments = _arguments(call, plans.is_double(call)) | {"out_ptr": out}
+        double = plans.is_double(call)
+        arguments = _arguments(call, double)
+        arguments["out_ptr"] = out
         if plan is None:
             launch = functools.partial(run, _msda_fwd_kernel, call, arguments)
-            plan = _choose(plans.kind_of(call, "forward"), arguments, launch)
+            plan = _choose(plans.kind_of(call, "forward", double=double), arguments, launch)
         run(_msda_fwd_kernel, call, arguments, plan)
     return out
 

@@ -91,17 +91,17 @@ class Kind(NamedTuple):
         return "wide" if self.D > 32 and self.direction == "forward" else "many"
 
 
-def kind_of(call: Call, direction: str, deterministic: bool = False, double: bool = False) -> Kind:
+def kind_of(call: Call, direction: str, deterministic: bool = False, double: bool | None = None) -> Kind:
     """The kind of a call.
 
     Args:
-        deterministic: grad_value is summed as integers. double: whether something is float64 besides the operands.
+        direction: "forward" or "backward". deterministic: grad_value is summed as integers.
+        double: computed in float64; None: if an operand is.
     """
     B, Q, M, K = call.weights.shape
     D, P = call.value.shape[3], call.num_points
     uniform = len(set(P)) == 1
     fused = call.reference_points is not None
-    double = double or is_double(call)
     sizes = call.level_sizes
     pixels = len(sizes) > 0 and sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)) == Q
     return Kind(
@@ -110,7 +110,7 @@ def kind_of(call: Call, direction: str, deterministic: bool = False, double: boo
         vector=1 if deterministic else vector_of(call.value.dtype, D),
         P=P[0] if uniform else 0,
         fused=fused,
-        double=double,
+        double=is_double(call) if double is None else double,
         few=B * Q * M < _FEW_ROWS,
         # a program counts from its first query in 32 bits
         pixels=pixels and max(sizes) * MAX_ROWS * M * max(D, 4 * K) < 2**31,
@@ -120,8 +120,10 @@ def kind_of(call: Call, direction: str, deterministic: bool = False, double: boo
 
 def is_double(call: Call) -> bool:
     """Whether a call is computed in float64."""
-    tensors = call.value, call.locations, call.weights, call.reference_points
-    return any(x is not None and x.dtype == torch.float64 for x in tensors)
+    double, points = torch.float64, call.reference_points
+    if call.value.dtype == double or call.locations.dtype == double or call.weights.dtype == double:
+        return True
+    return points is not None and points.dtype == double
 
 
 def vector_of(dtype: torch.dtype, D: int) -> int:
