@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import triton
 
 from benchmarks import gate
 from benchmarks.bench_op import TIMERS
@@ -54,7 +53,7 @@ def time_call(call: Call, grad_out: torch.Tensor, repeat_ms: float) -> Iterator[
             if plan not in times:  # configurations may become the same
                 try:
                     times[plan] = time(run, repeat_ms)[0]
-                except triton.runtime.errors.OutOfResources:
+                except plans.CANNOT_RUN:
                     times[plan] = math.inf
             yield direction, kind.name, name, times[plan]
 
@@ -91,6 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (torch.cuda.is_available() or args.dry_run):
         parser.error("expected a GPU, torch finds none")
+    if args.dry_run and not plans.INTERPRETED:
+        parser.error("--dry-run: expected TRITON_INTERPRET=1 in the environment, which runs kernels on the CPU")
     device = "cpu" if args.dry_run else "cuda"
     workloads = args.workload or (DRY_WORKLOADS if args.dry_run else GPU_WORKLOADS)
     place = environment(device) | {"architecture": architecture()}

@@ -141,7 +141,8 @@ class _NodeAttention(MSDeformAttn):
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0)
-        locations, weights = self.locations_and_weights(query, reference_points, input_spatial_shapes)
+        samples = self.locations_and_weights(query, reference_points, input_spatial_shapes)
+        locations, weights = (x.to(value.dtype) for x in samples)
         shapes = torch.tensor(input_spatial_shapes, dtype=torch.int32)
         areas = [H * W for H, W in input_spatial_shapes]
         starts = torch.tensor([sum(areas[:l]) for l in range(len(areas))], dtype=torch.int32)

@@ -85,13 +85,11 @@ class MSDeformAttn(nn.Module):
         _, S = _check_tokens("input_flatten", input_flatten, (B, "S", self.d_model), self.value_proj)
         if input_padding_mask is not None:
             checks.check_mask("input_padding_mask", input_padding_mask, (B, S), input_flatten.device)
-        offsets, logits = self._offsets_and_logits(query)
         out = ms_deform_attn_fused(
             self.value_proj(input_flatten).view(B, S, self.n_heads, self.d_model // self.n_heads),
             input_spatial_shapes,
             reference_points,
-            offsets,
-            logits,
+            *self._offsets_and_logits(query),
             level_start_index=input_level_start_index,
             value_mask=input_padding_mask,
             backend=self.backend,
@@ -103,7 +101,8 @@ class MSDeformAttn(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Where the queries sample, and how much each sample counts: what `forward` computes inside the kernel.
 
-        For pictures, and for engines whose own operator takes locations and weights.
+        For pictures, and for engines whose own operator takes locations and weights. Gradients of samples that are not
+        finite are not kept from the rest, as `forward` does.
 
         Args:
             query, reference_points, input_spatial_shapes: as in `forward`.

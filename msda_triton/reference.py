@@ -111,9 +111,15 @@ def _pixels(value: Tensor, token: Tensor, inside: Tensor) -> Tensor:
 def plain(call: Call) -> Call:
     """A fused call as the plain one that it stands for: locations, softmax and mask by PyTorch."""
     if call.reference_points is not None:
-        value, points, offsets = call.value, call.reference_points, call.locations
-        dtype = compute_dtype(value, offsets, call.weights, points)
-        locations = sampling_locations(points.to(dtype), offsets.to(dtype), call.spatial_shapes, call.num_points)
+        dtype = compute_dtype(call.value, call.locations, call.weights, call.reference_points)
+        offsets = call.locations.to(dtype)
+        points, parts = _points_and_parts(call.reference_points.to(dtype), call.spatial_shapes, call.num_points)
+        locations = _locate(points, offsets, parts)
+        if not _known_to_be_finite(locations):
+            # such a sample is not taken, and its zero gradient must not meet what is not finite here: 0 * inf is NaN
+            finite = locations.isfinite().all(-1, keepdim=True)
+            points = points.expand(*offsets.shape[:-1], -1).masked_fill(~finite, 0)
+            locations = _locate(points, offsets.masked_fill(~finite, 0), parts).masked_fill(~finite, math.nan)
         call = call.changed(locations=locations, weights=call.weights.to(dtype).softmax(-1), reference_points=None)
     if call.value_mask is not None:
         value = call.value.masked_fill(call.value_mask[:, :, None, None], 0)
@@ -131,20 +137,18 @@ def sampling_locations(
             boxes (cx, cy, w, h), of which an offset of the level's number of points reaches half the size.
         offsets: [B, Q, M, K, 2]. spatial_shapes: [L, 2] integer (H, W).
     """
+    points, parts = _points_and_parts(reference_points, spatial_shapes, num_points)
+    return _locate(points, offsets, parts)
+
+
+def _points_and_parts(reference_points: Tensor, spatial_shapes: Tensor, num_points: list[int]) -> tuple[Tensor, Tensor]:
+    """Reference point of each of the K points, [B, Q, 1, K, 2 or 4], and what divides its offsets: see `_locate`."""
     level = level_of_point(spatial_shapes, num_points)
     points = reference_points[:, :, None, level if reference_points.shape[2] > 1 else torch.zeros_like(level)]
-    if points.shape[-1] == 2:
-        # of a level without pixels no sample is taken; a size of 1 keeps its gradient from being 0 / 0
-        parts = spatial_shapes.long().flip(-1)[level].clamp(min=1)
-    else:
-        parts = constant(tuple(num_points), spatial_shapes)[level, None]
-    locations = _locate(points, offsets, parts)
-    if torch.is_grad_enabled() and not _known_to_be_finite(locations):
-        # such a sample is not taken, and its zero gradient must not meet what is not finite here: 0 * inf is NaN
-        finite = locations.isfinite().all(-1, keepdim=True)
-        points = points.expand(*offsets.shape[:-1], -1).masked_fill(~finite, 0)
-        locations = _locate(points, offsets.masked_fill(~finite, 0), parts).masked_fill(~finite, math.nan)
-    return locations
+    if points.shape[-1] == 4:
+        return points, constant(tuple(num_points), spatial_shapes)[level, None]
+    # of a level without pixels no sample is taken; a size of 1 keeps its gradient from being 0 / 0
+    return points, spatial_shapes.long().flip(-1)[level].clamp(min=1)
 
 
 def _locate(points: Tensor, offsets: Tensor, parts: Tensor) -> Tensor:

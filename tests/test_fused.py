@@ -296,3 +296,26 @@ def test_bad_input_of_locations_and_weights(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         module.locations_and_weights(**given | changes)
+
+
+def test_a_graph_made_without_gradients_has_finite_ones():
+    """The gradient of a sample that is not taken is zero, also where nobody asked for gradients at export."""
+
+    class Model(torch.nn.Module):
+        def forward(self, value, points, offsets, logits):
+            return ms_deform_attn_fused(value, SHAPES, points, offsets, logits, backend="torch")
+
+    inputs = make_inputs(4, 3, P=2, D=8, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        exported = torch.export.export(Model(), tuple(x.detach() for x in inputs)).module()
+        inputs[2][0, 0, 0, 0, 0] = float("inf")
+    assert all(x.isfinite().all() for x in gradients(exported, inputs, torch.randn(2, 21, 16)))
+
+
+def test_the_modules_layers_run_in_the_originals_order():
+    """Hooks and dropout in the place of a layer see it."""
+    module, order = MSDeformAttn(d_model=16, n_levels=3, n_heads=2, n_points=3), []
+    for name, layer in module.named_children():
+        layer.register_forward_hook(lambda *_, name=name: order.append(name))
+    module(torch.randn(2, 21, 16), torch.rand(2, 21, 3, 2), torch.randn(2, S, 16), SHAPES)
+    assert order == ["value_proj", "sampling_offsets", "attention_weights", "output_proj"]

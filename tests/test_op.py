@@ -33,6 +33,17 @@ def test_the_schemas_have_the_fields_of_a_call():
     assert names["fallback_backward"] == ["grad_out", *fields[:6], "needs"]
 
 
+@pytest.mark.parametrize(
+    "sizes", [[5, 7, 3, 4], [-6, -7, 1, 5], [47, 1], [5, 7, 3], [0] * 4, [6, 7, 1, 5, 0, 0]], ids=str
+)
+def test_sizes_that_nobody_checked(sizes, device):
+    """Of an operator that is called directly: a query for each pixel or not, every query has its result."""
+    value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=47, M=2, D=4, P=1, device=device))
+    inputs = value, torch.tensor(SHAPES, device=device), None, locations.flatten(3, 4), weights.flatten(3, 4), [1, 1]
+    want = torch.ops.msda_triton.forward(*inputs, None, None, [])
+    torch.testing.assert_close(torch.ops.msda_triton.forward(*inputs, None, None, sizes), want)
+
+
 def asking_for_gradients(inputs):
     floats = lambda x: isinstance(x, torch.Tensor) and x.is_floating_point()  # noqa: E731
     return tuple(x.clone().requires_grad_() if floats(x) else x for x in inputs)

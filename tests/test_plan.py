@@ -53,8 +53,11 @@ def test_the_kind_of_an_encoders_call():
     ("call", "expected"),
     [
         ({"Q": 300}, {"few": True, "pixels": False}),
-        ({"Q": 300, "sizes": [10, 30]}, {"few": True}),  # a query for each pixel, though few
+        ({"Q": 300, "sizes": [10, 20, 10, 10, 0, 5, 0, 0]}, {"few": True}),  # a query for each pixel, though few
         ({"sizes": ()}, {"pixels": False}),
+        ({"sizes": [-100, -167, *LEVELS[2:]]}, {"pixels": False}),  # of an operator called directly
+        ({"sizes": [*LEVELS, 0, 0]}, {"pixels": False}),
+        ({"sizes": [22223, 1]}, {"pixels": False}),
         ({"M": 8192, "B": 1}, {"pixels": False}),  # a rectangle would span more than 32 bits can count
         ({"dtype": torch.float32}, {"vector": 4}),
         ({"dtype": torch.float64}, {"vector": 1, "double": True, "pairs": 1}),

@@ -46,7 +46,7 @@ def _msda_fwd_kernel(
         ref = load_reference(ref_ptr, l, num_points, ACC, REF_DIM, REF_L)
         hidden_ptr = None if mask_ptr is None else mask_ptr + (b * S + start)
         level_ptr = value_ptr + start.to(tl.int64) * STRIDE_VS + lane
-        GROUP: tl.constexpr = 2 if PAIRS == 2 else 1
+        GROUP: tl.constexpr = 2 if PAIRS == 2 else 1  # points of a row in a round
         for p in tl.range(0, num_points, SHARE * GROUP, loop_unroll_factor=UNROLL):
             for i in tl.static_range(GROUP):
                 x, y, attn, _u, _v = load_sample(
@@ -56,6 +56,7 @@ def _msda_fwd_kernel(
                 w0, w01, w1, w11 = corner_weights(attn, fx, fy)
                 top = level_ptr + (token.to(tl.int64) * STRIDE_VS)[:, None]
                 bottom = top + down * STRIDE_VS
+                # in this order of loads and sums nothing spills (benchmarks/NOTES.md)
                 v00 = load_channels(top, in00[:, None] & in_row, ACC, D, CHUNKS)
                 out += (w0 - w01)[:, None] * v00
                 v01 = load_channels(top + STRIDE_VS, in01[:, None] & in_row, ACC, D, CHUNKS)

@@ -103,7 +103,8 @@ def kind_of(call: Call, direction: str, deterministic: bool = False, double: boo
     uniform = len(set(P)) == 1
     fused = call.reference_points is not None
     sizes = call.level_sizes
-    pixels = len(sizes) > 0 and sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)) == Q
+    known = len(sizes) == 2 * len(P) and min(sizes) >= 0  # else nobody has checked them: an operator called directly
+    pixels = known and sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)) == Q
     return Kind(
         direction=direction,
         D=D,
@@ -283,6 +284,8 @@ def architecture(device: torch.device) -> str:
 
 # `set_autotune`: milliseconds that a function of no arguments takes; None takes the table's plans
 timing: Callable[[Callable[[], object]], float] | None = None
+# what a plan meets that this GPU, or its compiler, cannot run
+CANNOT_RUN = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 do_bench = functools.partial(triton.testing.do_bench, return_mode="median")
 
 
@@ -292,7 +295,7 @@ def fastest(plans: Sequence[Plan], run: Callable[[Plan], object], ms_of: Callabl
     def ms(plan: Plan) -> float:
         try:
             return ms_of(lambda: run(plan))
-        except triton.runtime.errors.OutOfResources:
+        except CANNOT_RUN:
             return math.inf
 
     return min(plans, key=ms)
