@@ -8,8 +8,8 @@ from torch import Tensor
 class Call(NamedTuple):
     """The operands of multi-scale deformable attention; the legend is in `reference.py`.
 
-    Plain calls have sampling locations and weights. Fused calls have reference points, and in their place the offsets
-    from them and the logits of a softmax.
+    Plain calls have sampling locations and attention weights. Fused calls have reference points, with offsets from them
+    in the field `locations` and the logits of a softmax in `weights`.
     """
 
     value: Tensor  # [B, S, M, D], any strides

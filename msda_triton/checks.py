@@ -132,7 +132,7 @@ def fused_call(
 
 
 def check_reference_points(reference_points: Tensor, offsets: Tensor, L: int) -> None:
-    """Of offsets [B, Q, ...] in L levels."""
+    """Raises a ValueError or TypeError if reference points do not fit offsets [B, Q, ...] and L levels."""
     shape, dtype, device = facts("reference_points", reference_points)
     check_float("reference_points", dtype)
     check_device("reference_points", device, offsets.device)
@@ -227,9 +227,12 @@ def _pairs_of_usual_classes(x) -> list:
 def level_shapes(spatial_shapes, L: int, like: Tensor) -> Tensor:
     """[L, 2] (H, W) on like's device, of what `functional.ms_deform_attn` takes as spatial_shapes."""
     if isinstance(spatial_shapes, Tensor):
-        numbers = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), like, not traced(like))
-        return _on_device(spatial_shapes, numbers and tuple(map(tuple, numbers)), like)
-    return constant(_size_pairs(spatial_shapes, L), like)
+        sizes = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), like, not traced(like))
+        sizes = sizes and tuple(map(tuple, sizes))
+    else:
+        sizes = _size_pairs(spatial_shapes, L)
+    _check_sizes(sizes)
+    return _on_device(spatial_shapes, sizes, like)
 
 
 # typed: 2.0 and True are no sizes, though they equal 2 and 1
@@ -262,11 +265,16 @@ def _check_integer_tensor(name: str, x: Tensor, shape: tuple[int, ...], value: T
     return None
 
 
+def _check_sizes(sizes) -> None:
+    """Of spatial_shapes, None where only the device has them."""
+    if sizes is not None and any(not 0 <= n < _LIMIT for size in sizes for n in size):
+        raise ValueError(f"spatial_shapes: expected sizes of at least 0 and below 2^31, got {list(sizes)}")
+
+
 def _check_levels(sizes, starts, in_order: bool, S: int) -> None:
     """Arguments: the numbers of spatial_shapes and level_start_index, None where only the device has them."""
+    _check_sizes(sizes)
     if sizes is not None:
-        if any(not 0 <= n < _LIMIT for size in sizes for n in size):
-            raise ValueError(f"spatial_shapes: expected sizes of at least 0 and below 2^31, got {list(sizes)}")
         tokens = [h * w for h, w in sizes]
         if in_order and sum(tokens) != S:
             raise ValueError(f"spatial_shapes: expected areas that sum to S = {S} of value, got {list(sizes)}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from msda_triton import checks
 from msda_triton.functional import check_backend, ms_deform_attn_fused
-from msda_triton.reference import compute_dtype, sampling_locations
+from msda_triton.reference import sampling_locations
 
 
 class MSDeformAttn(nn.Module):
@@ -101,13 +101,13 @@ class MSDeformAttn(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Where the queries sample, and how much each sample counts: what `forward` computes inside the kernel.
 
-        For pictures, and for engines whose own operator takes locations and weights. Gradients of samples that are not
-        finite are not kept from the rest, as `forward` does.
+        For pictures, and for engines whose own operator takes locations and weights: they go into `ms_deform_attn` as
+        they are. Unlike in `forward`, a box or an offset that is not finite can make the parameters' gradients NaN.
 
         Args:
             query, reference_points, input_spatial_shapes: as in `forward`.
         Returns:
-            locations [B, Q, M, L, P, 2] (x, y) in units of the level's size, padding included, which they may leave;
+            locations [B, Q, M, L, P, 2] (x, y), 0 to 1 across the padded level; samples may lie outside.
             weights [B, Q, M, L, P], which sum to 1 for each query and head. Both in float32 at least.
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
@@ -116,10 +116,10 @@ class MSDeformAttn(nn.Module):
         offsets, logits = self._offsets_and_logits(query)
         shapes = checks.level_shapes(input_spatial_shapes, self.n_levels, query)
         checks.check_reference_points(reference_points, offsets.flatten(3, 4), self.n_levels)
-        dtype = compute_dtype(offsets, logits, reference_points)
-        points, flat = reference_points.to(dtype), offsets.flatten(3, 4).to(dtype)
-        locations = sampling_locations(points, flat, shapes, [self.n_points] * self.n_levels)
-        return locations.view(offsets.shape), logits.flatten(3).to(dtype).softmax(-1).view(logits.shape)
+        num_points = [self.n_points] * self.n_levels
+        locations = sampling_locations(reference_points, offsets.flatten(3, 4), shapes, num_points)
+        weights = logits.flatten(3).to(locations.dtype).softmax(-1)
+        return locations.view(offsets.shape), weights.view(logits.shape)
 
     def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """[B, Q, M, L, P, 2] and [B, Q, M, L, P]."""

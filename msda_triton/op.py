@@ -89,8 +89,8 @@ def _differentiable(call: Call) -> tuple[Tensor | None, ...]:
 
 
 def _save(ctx, call: Call, operands: Sequence, *tensors: Tensor) -> None:
-    """Keep a call, of these operands, and some tensors besides, for `_saved`."""
-    # a slice of a named tuple is one more that Dynamo of torch 2.7 does not know
+    """Keep a call and some tensors besides, for `_saved`. operands: the call as a plain list or tuple."""
+    # Dynamo of torch 2.7 cannot slice a named tuple, so the list is sliced
     ctx.save_for_backward(*operands[: _PLAIN_FIELDS - 1], call.reference_points, call.value_mask, *tensors)
     ctx.num_points, ctx.level_sizes = call.num_points, call.level_sizes
 
@@ -126,7 +126,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         (call,) = _saved(ctx)
-        # the operators have no argument `backend`, and the fallback's none that is fused
+        # of a Call's fields and backend, of the fields alone (an operator), or of the plain ones (the fallback's)
         value, _, _, locations, weights, _, *fused = ctx.needs_input_grad
         needs = [value, locations, weights, call.reference_points is not None and fused[0]]
         if torch.is_grad_enabled():
@@ -185,7 +185,8 @@ class AttentionBackward(torch.autograd.Function):
 def _in_their_places(grads) -> tuple[Tensor | None, ...]:
     """Gradients of value, locations, weights and reference points, as those of a Call's fields."""
     value, locations, weights, points = grads
-    return tuple(Call(value, None, None, locations, weights, None, points, None, None))
+    given = {"value": value, "locations": locations, "weights": weights, "reference_points": points}
+    return tuple(given.get(name) for name in Call._fields)
 
 
 def _leaf(x: Tensor | None, connected: bool) -> Tensor | None:
@@ -268,9 +269,10 @@ _fallback_backward_op = torch.ops.msda_triton.fallback_backward.default
 
 
 def set_autotune(enabled: bool) -> None:
-    """Whether the first call with new sizes times several kernel configurations, which takes seconds.
+    """Whether several kernel configurations are timed, once for each kind of call and power of two of its queries.
 
-    Off by default: a table decides. Under `torch.use_deterministic_algorithms(True)` it always does.
+    Each time takes seconds. Off by default: a table decides. Under `torch.use_deterministic_algorithms(True)` it always
+    does.
 
     Raises:
         TypeError: no bool. RuntimeError: Triton is not installed.

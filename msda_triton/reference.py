@@ -30,7 +30,7 @@ def ms_deform_attn_reference(call: Call) -> Tensor:
     """out[b, q, m] = sum_k weights[b, q, m, k] * bilinear(value of level(k), locations[b, q, m, k]).
 
     Args:
-        call: of a plain call, the locations are (x, y) in units of the level's size; a fused one is made plain first.
+        call: plain or fused; a fused one is made plain first. Locations are (x, y) in units of the level's size.
     Returns:
         [B, Q, M * D] in value's dtype.
     """
@@ -134,11 +134,12 @@ def sampling_locations(
 
     Args:
         reference_points: [B, Q, L or 1, 2] points (x, y), whose offsets count pixels of a level; or [B, Q, L or 1, 4]
-            boxes (cx, cy, w, h), of which an offset of the level's number of points reaches half the size.
-        offsets: [B, Q, M, K, 2]. spatial_shapes: [L, 2] integer (H, W).
+            boxes (cx, cy, w, h): an offset of P, the level's number of points, reaches from the centre to the edge.
+        offsets: [B, Q, M, K, 2]. spatial_shapes: [L, 2] integer (H, W). num_points: of each level, K in all.
     """
-    points, parts = _points_and_parts(reference_points, spatial_shapes, num_points)
-    return _locate(points, offsets, parts)
+    dtype = compute_dtype(reference_points, offsets)
+    points, parts = _points_and_parts(reference_points.to(dtype), spatial_shapes, num_points)
+    return _locate(points, offsets.to(dtype), parts)
 
 
 def _points_and_parts(reference_points: Tensor, spatial_shapes: Tensor, num_points: list[int]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,19 @@ from test_kernels import DTYPES, check
 from msda_triton import ms_deform_attn, ms_deform_attn_fused
 
 
+def with_and_without(run, value, size) -> list[torch.Tensor]:
+    """The gradient of value, where that of every result is size: by sums of floats, and by deterministic ones."""
+    grads = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            out = run()
+            grads += torch.autograd.grad(out, value, torch.full_like(out, size))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    return grads
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_backward(dtype, device):
     """The same bits whatever the order of the additions: here the queries are reversed, which reverses every sum."""
@@ -63,14 +76,8 @@ def test_deterministic_sums_of_very_large_and_very_small_gradients(size, weight,
     value = torch.randn(1, 12, 1, 4, device=device, requires_grad=True)
     locations = torch.tensor([0.5, 1 / 3], device=device).view(1, 1, 1, 1, 1, 2)
     weights = torch.full((1, 1, 1, 1, 1), weight, device=device)
-    grads = []
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            out = ms_deform_attn(value, [(3, 4)], locations, weights, backend="triton")
-            grads += torch.autograd.grad(out, value, torch.full_like(out, size))
-        finally:
-            torch.use_deterministic_algorithms(False)
+    run = lambda: ms_deform_attn(value, [(3, 4)], locations, weights, backend="triton")  # noqa: E731
+    grads = with_and_without(run, value, size)
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(*grads, rtol=1e-6, atol=2.0**-126)
 
@@ -82,14 +89,8 @@ def test_deterministic_sums_of_infinite_terms(queries, weight, size, device):
     value = torch.ones(1, 2, 1, 1, device=device, requires_grad=True)
     locations = torch.tensor([0.25, 0.5], device=device).expand(1, queries, 1, 1, 1, 2)
     weights = torch.full((1, queries, 1, 1, 1), weight, device=device)
-    grads = []
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            out = ms_deform_attn(value, [(1, 2)], locations, weights, backend="triton")
-            grads += torch.autograd.grad(out, value, torch.full_like(out, size))
-        finally:
-            torch.use_deterministic_algorithms(False)
+    run = lambda: ms_deform_attn(value, [(1, 2)], locations, weights, backend="triton")  # noqa: E731
+    grads = with_and_without(run, value, size)
     # at the centre of the first pixel: the second one gets zero times that
     assert grads[0][0, 0] == math.copysign(math.inf, weight * size)
     if weight * size == pytest.approx(1e76):
@@ -119,14 +120,8 @@ def test_deterministic_sums_on_a_level_of_a_million_columns(device):
     value = torch.ones(1, W, 1, 1, device=device, requires_grad=True)
     points = torch.tensor([1 - 2**-21, 0.5], device=device).view(1, 1, 1, 2)
     offsets = torch.tensor([0.94, 0.0], device=device).view(1, 1, 1, 1, 1, 2)
-    grads = []
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        try:
-            out = ms_deform_attn_fused(value, [(1, W)], points, offsets, offsets[..., 1], backend="triton")
-            grads += torch.autograd.grad(out, value, torch.full_like(out, 1e-3))
-        finally:
-            torch.use_deterministic_algorithms(False)
+    run = lambda: ms_deform_attn_fused(value, [(1, W)], points, offsets, offsets[..., 1], backend="triton")  # noqa: E731
+    grads = with_and_without(run, value, 1e-3)
     assert grads[0].abs().max() > 0
     torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
 

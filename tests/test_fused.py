@@ -284,6 +284,11 @@ def test_locations_and_weights_of_the_module(dim, levels, dtype):
         ({"query": torch.zeros(2, 5, 8)}, r"query: expected shape \(B, Q, 16\), got \(2, 5, 8\)"),
         ({"reference_points": torch.zeros(2, 5, 2, 2)}, r"reference_points: expected shape \(2, 5, 3 or 1, 2 or 4\)"),
         ({"input_spatial_shapes": SHAPES[:2]}, "spatial_shapes: expected 3 x 2 integers"),
+        ({"input_spatial_shapes": [(-5, 7), *SHAPES[1:]]}, "spatial_shapes: expected sizes of at least 0"),
+        (
+            {"input_spatial_shapes": torch.tensor([(5, 7), (3, 4), (1, -2)])},
+            "spatial_shapes: expected sizes of at least 0",
+        ),
         ({"input_spatial_shapes": torch.zeros(2, 2, dtype=torch.long)}, r"spatial_shapes: expected shape \(3, 2\)"),
     ],
 )

@@ -187,7 +187,7 @@ _fastest: dict[tuple, Plan] = {}
 
 
 def _choose(kind: Kind, arguments: dict, launch: Callable[[Plan], None]) -> Plan:
-    """The table's plan; the fastest one of all if `set_autotune` is on."""
+    """The table's plan; the fastest of `timed_plans` if `set_autotune` is on."""
     architecture = plans.architecture(arguments["value_ptr"].device)
     # another plan adds channels in another order: the last bit of a gradient would depend on the timing
     if plans.timing is None or plans.INTERPRETED or torch.are_deterministic_algorithms_enabled():

@@ -128,14 +128,15 @@ def is_double(call: Call) -> bool:
 
 
 def vector_of(dtype: torch.dtype, D: int) -> int:
-    """Channels of D in 16 bytes; 1 if they do not fit or lie in no row of lanes."""
+    """Neighbouring channels in 16 bytes, if rows of D channels divide into such vectors; else 1."""
     if dtype == torch.float32:
         return 4 if D >= 4 and D & (D - 1) == 0 else 1
     return 8 if dtype != torch.float64 and D % 8 == 0 else 1
 
 
 def _pairs(locations: Tensor, weights: Tensor) -> int:
-    """Integers are loaded at multiples of their size, and have up to 64 bits. The launcher reads what is contiguous."""
+    """The largest PAIRS that memory allows: a pair is one integer of at most 64 bits, at a multiple of its size."""
+    # what is not contiguous the launcher copies, to memory that is aligned
     for x in (locations, weights):
         if x.is_contiguous() and x.data_ptr() % 8:
             return 0
@@ -157,7 +158,7 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     unroll = 1 if kind.fused and kind.direction == "forward" else config.unroll
     pairs = kind.pairs if config.pairs else 0
     if pairs == 2:
-        # a round takes two points: those of a row are neighbours, and as many as rounds have
+        # a round of the loop takes two neighbouring points: a row needs all of a level's points, an even number
         if share == 1 and kind.P % 2 == 0 and unroll % 2 == 0:
             unroll //= 2
         else:
