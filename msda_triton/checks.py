@@ -96,26 +96,22 @@ def _integers(name: str, x, numbers: Sequence, expected: str) -> tuple[int, ...]
 
 def plain_call(
     value: Tensor, spatial_shapes, locations: Tensor, weights: Tensor, level_start_index=None, num_points=None,
-    names: tuple[str, str] = ("sampling_locations", "attention_weights"),
+    names: tuple[str, str] = ("sampling_locations", "attention_weights"), *fused: Tensor | None,
 ) -> Call:  # fmt: skip
     """The arguments of `functional.ms_deform_attn` as a `Call`.
 
     Args:
-        names: of locations and weights, for messages.
+        names: of locations and weights, for messages. fused: the last fields of the call, checked by who gives them.
     """
     points = None
     if num_points is not None:
         expected = "the number of points of each level, as integers"
         points = _integers("num_points", num_points, _listed("num_points", num_points, expected), expected)
     found = facts("value", value), facts(names[0], locations), facts(names[1], weights)
-    check = _check_samples if traced(value, locations, weights) else _known_samples
-    points = check(*found, *names, points)
-    if num_points is None:
-        locations, weights = locations.flatten(3, 4), weights.flatten(3, 4)
-    shapes, starts, sizes = _levels(value, spatial_shapes, level_start_index, len(points))
-    known = () if sizes is None or torch.compiler.is_exporting() else sizes
-    sizes = [n for size in known for n in size]
-    return Call(value, shapes, starts, locations, weights, list(points), level_sizes=sizes)
+    known = not traced(value, locations, weights)
+    points = (_known_samples if known else _check_samples)(*found, *names, points)
+    shapes, starts, sizes, first = _levels(value, spatial_shapes, level_start_index, len(points), known)
+    return Call(value, shapes, starts, locations, weights, points, sizes, first, *fused)
 
 
 def fused_call(
@@ -124,11 +120,12 @@ def fused_call(
 ) -> Call:  # fmt: skip
     """The arguments of `functional.ms_deform_attn_fused` as a `Call`."""
     names = "sampling_offsets", "attention_logits"
-    call = plain_call(value, spatial_shapes, offsets, logits, level_start_index, num_points, names)
-    check_reference_points(reference_points, call.locations, len(call.num_points))
+    fused = reference_points, value_mask
+    call = plain_call(value, spatial_shapes, offsets, logits, level_start_index, num_points, names, *fused)
+    check_reference_points(reference_points, offsets, len(call.num_points))
     if value_mask is not None:
         check_mask("value_mask", value_mask, value.shape[:2], value.device)
-    return call.changed(reference_points=reference_points, value_mask=value_mask)
+    return call
 
 
 def check_reference_points(reference_points: Tensor, offsets: Tensor, L: int) -> None:
@@ -176,21 +173,21 @@ def _check_samples(
 _known_samples = functools.lru_cache(maxsize=1024)(_check_samples)
 
 
-def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> tuple[Tensor, Tensor | None, tuple | None]:
-    """Level sizes [L, 2] and starts [L] on value's device, and the sizes as pairs of ints if the host knows them.
+def _levels(
+    value: Tensor, spatial_shapes, level_start_index, L: int, known: bool
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], tuple[int, ...]]:
+    """The fields of a Call: sizes and starts of the levels, as tensors on value's device or as integers.
 
     Checked against S where they are known.
 
     Args:
-        spatial_shapes, level_start_index: as in `functional.ms_deform_attn`, for L levels.
+        spatial_shapes, level_start_index: as in `functional.ms_deform_attn`, for L levels. known: nothing is traced.
     """
-    known = not traced(value)
     if known and level_start_index is None:
         numbers = _pairs_of_usual_classes(spatial_shapes)
         with contextlib.suppress(TypeError):  # something in there is no integer: what follows says so
             if numbers:
-                sizes = _known_sizes(value.shape[1], L, *numbers)
-                return constant(sizes, value), None, sizes
+                return None, None, _known_sizes(value.shape[1], L, *numbers), ()
     sizes = starts = None
     if isinstance(spatial_shapes, Tensor):
         numbers = _check_integer_tensor("spatial_shapes", spatial_shapes, (L, 2), value, known)
@@ -209,8 +206,14 @@ def _levels(value: Tensor, spatial_shapes, level_start_index, L: int) -> tuple[T
         starts = _integers("level_start_index", level_start_index, starts, "integers")
     in_order = level_start_index is None
     (_known_levels if known else _check_levels)(sizes, starts, in_order, value.shape[1])
-    first = None if in_order else _on_device(level_start_index, starts, value)
-    return _on_device(spatial_shapes, sizes, value), first, sizes
+    # a caller's own tensor may be one of inference mode, or be changed later: its numbers are enough if they are known
+    shapes = spatial_shapes if sizes is None else None
+    first = level_start_index if starts is None else None
+    return shapes, first, _flat(sizes or ()), starts or ()
+
+
+def _flat(pairs) -> tuple[int, ...]:
+    return tuple([n for pair in pairs for n in pair])
 
 
 def _pairs_of_usual_classes(x) -> list:
@@ -232,16 +235,16 @@ def level_shapes(spatial_shapes, L: int, like: Tensor) -> Tensor:
     else:
         sizes = _size_pairs(spatial_shapes, L)
     _check_sizes(sizes)
-    return _on_device(spatial_shapes, sizes, like)
+    return spatial_shapes if sizes is None else constant(sizes, like)
 
 
 # typed: 2.0 and True are no sizes, though they equal 2 and 1
 @functools.lru_cache(maxsize=1024, typed=True)
-def _known_sizes(S: int, L: int, *numbers: int) -> tuple[tuple[int, int], ...]:
-    """Sizes of the levels, from their heights and widths in turn."""
+def _known_sizes(S: int, L: int, *numbers: int) -> tuple[int, ...]:
+    """Heights and widths of the levels in turn, checked."""
     sizes = _size_pairs(list(zip(numbers[::2], numbers[1::2], strict=True)), L)
     _check_levels(sizes, None, True, S)
-    return sizes
+    return _flat(sizes)
 
 
 def _size_pairs(x, L: int) -> tuple[tuple[int, int], ...]:
@@ -259,10 +262,15 @@ def _check_integer_tensor(name: str, x: Tensor, shape: tuple[int, ...], value: T
         raise TypeError(f"{name}: expected an integer dtype, got {dtype}")
     if got != shape:
         raise_shape(name, shape, got)
-    if known and device.type == "cpu" and not traced(x):
+    if known and on_host(x) and not traced(x):
         return x.tolist()
     check_device(name, device, value.device)
     return None
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the numbers in x can be read without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def _check_sizes(sizes) -> None:
@@ -288,8 +296,3 @@ def _check_levels(sizes, starts, in_order: bool, S: int) -> None:
 
 
 _known_levels = functools.lru_cache(maxsize=1024)(_check_levels)
-
-
-def _on_device(x, numbers: tuple | None, value: Tensor) -> Tensor:
-    # a caller's own tensor may be one of inference mode, or be changed later: its numbers are enough if they are known
-    return x if numbers is None else constant(numbers, value)

@@ -3,12 +3,18 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 # Never evicted: a captured CUDA graph reads these tensors again and does not keep them alive.
 _kept: dict[tuple, Tensor] = {}
+
+
+def exporting() -> bool:
+    """Whether torch.export looks. `torch.compiler.is_exporting()` of torch 2.11 says so of torch.compile too."""
+    return torch.compiler._is_exporting_flag
 
 
 def traced(*tensors: Tensor) -> bool:
@@ -51,18 +57,67 @@ _new_on_cpu = functools.lru_cache(maxsize=1024)(
 def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor of Python integers on like's device, copied there once, so that later calls neither copy nor wait.
 
+    While a CUDA graph is captured nothing can be copied: what is not there yet becomes a part of the graph, one small
+    kernel for each number. A call before the capture avoids these.
+
     Args:
         values: integers or tuples of them, of type int: 2.0 and True would find the tensor of 2 and of 1.
     """
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype, device=like.device)  # the graph's own
+    if torch.compiler.is_compiling() and not exporting():
+        # no constant of the host's: each call would copy it, and CUDA graphs would be given up
+        numbers = [torch.full((1,), n, dtype=dtype, device=like.device) for n in _numbers(values)]
+        return torch.cat(numbers).view(_shape(values))
     if traced(like):
         # a fake tensor's constants are fake, also where its mode is not on
         with getattr(like, "fake_mode", None) or contextlib.nullcontext():
             return torch.tensor(values, dtype=dtype, device=like.device)
     key = values, dtype, like.device
-    if like.device.type == "cpu":
+    if key in _kept:
+        return _kept[key]
+    device = like.device.type
+    if device == "cpu":
         return _new_on_cpu(*key)
-    if key not in _kept:
-        _kept[key] = _new(*key)
+    if capturing(like.device):
+        return written_by_kernels(*key)
+    _kept[key] = (_copied_aside if device in ("cuda", "xpu") else _new)(*key)
     return _kept[key]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def written_by_kernels(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor of some integers, whose numbers travel as arguments of kernels. It belongs to the graph in capture."""
+    x = torch.empty(_shape(values), dtype=dtype, device=device)
+    for place, number in zip(x.view(-1).unbind(), _numbers(values), strict=True):
+        place.fill_(number)
+    return x
+
+
+def _shape(values) -> tuple[int, ...]:
+    return (len(values), *_shape(values[0])) if isinstance(values, tuple) and values else ()
+
+
+def _numbers(values) -> list[int]:
+    return [n for value in values for n in _numbers(value)] if isinstance(values, tuple) else [values]
+
+
+def _copied_aside(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor in memory of its own: made by another thread, on another stream.
+
+    What the calling thread allocates may belong to the memory pool of a CUDA graph: `mode="reduce-overhead"` of
+    torch.compile runs the first call in it, and refuses tensors that outlive the call.
+    """
+
+    def make() -> Tensor:
+        backend = getattr(torch, device.type)
+        stream = backend.Stream(device)
+        with backend.stream(stream):
+            x = torch.tensor(values, dtype=dtype, device=device)
+        stream.synchronize()
+        return x
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from msda_triton import checks
 from msda_triton.call import Call
-from msda_triton.constants import traced
-from msda_triton.op import Attention, AttentionBackward, needs_gradient
+from msda_triton.constants import exporting, traced
+from msda_triton.op import Attention, AttentionBackward, attend, needs_gradient
 from msda_triton.reference import discrete_attention, ms_deform_attn_reference, plain
 
 BACKENDS = ("auto", "triton", "torch", "inductor")
@@ -128,9 +128,10 @@ def ms_deform_attn_backward(
     checks.check_float("grad_out", dtype)
     checks.check_device("grad_out", device, value.device)
     needs = [True, True, True, False]
-    grads = AttentionBackward.apply(grad_out, *call, needs, _backend(value, backend))
-    grad_value, grad_locations, grad_weights, _ = grads
-    return grad_value, grad_locations.view(sampling_locations.shape), grad_weights.view(attention_weights.shape)
+    grad_value, grad_locations, grad_weights, _ = AttentionBackward.apply(
+        grad_out, needs, *call, _backend(value, backend)
+    )
+    return grad_value, grad_locations, grad_weights
 
 
 class MSDeformAttnFunction:
@@ -164,13 +165,13 @@ def _resolve(call: Call, method: str, backend: str) -> tuple[Callable[..., Tenso
         return discrete_attention, (call, method)
     if backend != "triton":
         call = plain(call)
-        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        exported = exporting() or torch.jit.is_tracing()
         if exported or (call.value.device.type != "cpu" and traced(call.value, call.locations, call.weights)):
             # plain operators, which ONNX, AOTInductor and other runtimes know
             return ms_deform_attn_reference, (call,)
     if needs_gradient(call):
         return Attention.apply, (*call, backend)
-    return Attention.forward, (None, *call, backend)
+    return attend, (call, backend)
 
 
 @functools.cache

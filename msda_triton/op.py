@@ -11,52 +11,71 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
 
 from msda_triton.call import Call
 from msda_triton.constants import traced
 from msda_triton.cpu.fallback import fallback_backward, fallback_forward
 from msda_triton.cpu.inductor import inductor_backward, inductor_forward
+from msda_triton.flops import tell_the_counter
 from msda_triton.reference import ms_deform_attn_reference
 
-# the fields of a Call; the fallback has those of plain calls
+# the fields of a Call, and those of plain ones, which the fallback has
 _PLAIN = (
-    "Tensor value, Tensor spatial_shapes, Tensor? level_start_index, Tensor locations, Tensor weights, "
-    "SymInt[] num_points"
+    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor locations, Tensor weights, "
+    "SymInt[] num_points, SymInt[] level_sizes, SymInt[] level_starts"
 )
-_FUSED = f"{_PLAIN}, Tensor? reference_points, Tensor? value_mask, SymInt[] level_sizes"
+_FUSED = f"{_PLAIN}, Tensor? reference_points, Tensor? value_mask"
 _library = torch.library.Library("msda_triton", "DEF")
 for _schema in (
     f"forward({_FUSED}) -> Tensor",
-    f"backward(Tensor grad_out, {_FUSED}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"backward(Tensor grad_out, bool[] needs, {_FUSED}) -> (Tensor, Tensor, Tensor, Tensor)",
     f"fallback_forward({_PLAIN}) -> Tensor",
-    f"fallback_backward(Tensor grad_out, {_PLAIN}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"fallback_backward(Tensor grad_out, bool[] needs, {_PLAIN}) -> (Tensor, Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-_PLAIN_FIELDS = 6  # a Call's first ones, of which all but the last are tensors
+_PLAIN_FIELDS = 8  # a Call's first ones, of which five are tensors
+_PLAIN_TENSORS = 5
 
 
 def _forward(*operands):
-    from msda_triton.kernels import launch
-
-    return launch.forward(Call(*operands))
+    return _kernels().forward(_of_an_operator(operands))
 
 
-def _backward(grad_out, *operands_and_needs):
-    from msda_triton.kernels import launch
-
-    *operands, needs = operands_and_needs
-    call = Call(*operands)
-    return _without_none(call, launch.backward(grad_out, call, needs))
+def _backward(grad_out, needs, *operands):
+    call = _of_an_operator(operands)
+    return _without_none(call, _kernels().backward(grad_out, call, needs))
 
 
 def _fallback_forward(*operands):
-    return fallback_forward(Call(*operands))
+    return fallback_forward(_of_an_operator(operands))
 
 
-def _fallback_backward(grad_out, *operands_and_needs):
-    *operands, needs = operands_and_needs
-    call = Call(*operands)
+def _fallback_backward(grad_out, needs, *operands):
+    call = _of_an_operator(operands)
     return tuple(grad.contiguous() for grad in _without_none(call, fallback_backward(grad_out, call, needs)))
+
+
+@functools.cache
+def _kernels():
+    """The launchers, which need Triton."""
+    from msda_triton.kernels import launch
+
+    return launch
+
+
+def _of_an_operator(operands) -> Call:
+    """The call that an operator is asked for, perhaps by a graph, perhaps by hand."""
+    call = Call(*operands)
+    if call.spatial_shapes is None and len(call.level_sizes) != 2 * len(call.num_points):
+        raise ValueError(
+            f"level_sizes: expected {2 * len(call.num_points)} numbers, H and W of each level, or spatial_shapes; "
+            f"got {list(call.level_sizes)}"
+        )
+    for name, x in zip(Call._fields, call, strict=True):
+        if isinstance(x, Tensor) and x.device != call.value.device:
+            raise ValueError(f"{name}: expected on value's device {call.value.device}, got {x.device}")
+    return call
 
 
 def _without_none(call: Call, grads) -> tuple[Tensor, ...]:
@@ -75,8 +94,7 @@ def _forward_fake(*operands):
     return call.value.new_empty(B, call.weights.shape[1], M * D)
 
 
-def _backward_fake(grad_out, *operands_and_needs):
-    *operands, needs = operands_and_needs
+def _backward_fake(grad_out, needs, *operands):
     call = Call(*operands)
     return tuple(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else call.value.new_empty(0)
@@ -91,15 +109,32 @@ def _differentiable(call: Call) -> tuple[Tensor | None, ...]:
 def _save(ctx, call: Call, operands: Sequence, *tensors: Tensor) -> None:
     """Keep a call and some tensors besides, for `_saved`. operands: the call as a plain list or tuple."""
     # Dynamo of torch 2.7 cannot slice a named tuple, so the list is sliced
-    ctx.save_for_backward(*operands[: _PLAIN_FIELDS - 1], call.reference_points, call.value_mask, *tensors)
-    ctx.num_points, ctx.level_sizes = call.num_points, call.level_sizes
+    ctx.save_for_backward(*operands[:_PLAIN_TENSORS], call.reference_points, call.value_mask, *tensors)
+    ctx.numbers = operands[_PLAIN_TENSORS:_PLAIN_FIELDS]
 
 
 def _saved(ctx) -> tuple:
     """The call and the tensors that were kept."""
     tensors = ctx.saved_tensors  # which torch.utils.checkpoint hands out once
-    *plain, points, mask = tensors[: _PLAIN_FIELDS + 1]
-    return Call(*plain, ctx.num_points, points, mask, ctx.level_sizes), *tensors[_PLAIN_FIELDS + 1 :]
+    *plain, points, mask = tensors[: _PLAIN_TENSORS + 2]
+    return Call(*plain, *ctx.numbers, points, mask), *tensors[_PLAIN_TENSORS + 2 :]
+
+
+def _watched(call: Call, *tensors: Tensor) -> bool:
+    """Whether somebody would see an operator: then it is called, and else what is behind it, which costs less.
+
+    That is whoever traces; modes and classes of tensors with a `__torch_function__`; and a profiler, which shows its
+    name. A tensor whose numbers are another's, negated, or zeros without memory, is made an ordinary one on the way.
+    """
+    tensors = call.value, call.locations, call.weights, *tensors
+    if call.reference_points is not None:
+        tensors += (call.reference_points,)
+    if traced(*tensors) or has_torch_function_variadic(*tensors) or torch.autograd._profiler_enabled():
+        return True
+    for x in tensors:  # noqa: SIM110 - a call counts in microseconds
+        if x.is_neg() or x._is_zerotensor():
+            return True
+    return False
 
 
 class Attention(torch.autograd.Function):
@@ -107,67 +142,77 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *operands_and_backend):
-        """Without a ctx nothing is kept: what `apply` does, without its cost, where no gradient can be asked for."""
         *operands, backend = operands_and_backend
         call = Call(*operands)
-        if ctx is not None:
-            _save(ctx, call, operands)
-            ctx.backend = backend
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(*_differentiable(call))
-        if backend == "triton":
-            return _forward_op(*call)
-        if call.value.device.type != "cpu":
-            return ms_deform_attn_reference(call)
-        if traced(call.value, call.locations, call.weights):
-            return _fallback_forward_op(*operands[:_PLAIN_FIELDS])
-        return inductor_forward(call) if backend == "inductor" else fallback_forward(call)
+        _save(ctx, call, operands)
+        ctx.backend = backend
+        return attend(call, backend)
 
     @staticmethod
     def backward(ctx, grad_out):
         (call,) = _saved(ctx)
         # of a Call's fields and backend, of the fields alone (an operator), or of the plain ones (the fallback's)
-        value, _, _, locations, weights, _, *fused = ctx.needs_input_grad
+        value, _, _, locations, weights, _, _, _, *fused = ctx.needs_input_grad
         needs = [value, locations, weights, call.reference_points is not None and fused[0]]
         if torch.is_grad_enabled():
-            grads = AttentionBackward.apply(grad_out, *call, needs, ctx.backend)
+            grads = AttentionBackward.apply(grad_out, needs, *call, ctx.backend)
         else:
-            grads = AttentionBackward.forward(None, grad_out, *call, needs, ctx.backend)
+            grads = attend_backward(grad_out, needs, call, ctx.backend)
         return *_in_their_places(grads), None
+
+
+def attend(call: Call, backend: str) -> Tensor:
+    """[B, Q, M * D] of a call, which autograd does not see."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(*_differentiable(call))
+    if backend == "triton":
+        return _forward_op(*call) if _watched(call) else _kernels().forward(call)
+    if call.value.device.type != "cpu":
+        return ms_deform_attn_reference(call)
+    if traced(call.value, call.locations, call.weights):
+        operands = list(call)
+        return _fallback_forward_op(*operands[:_PLAIN_FIELDS])
+    return inductor_forward(call) if backend == "inductor" else fallback_forward(call)
+
+
+def attend_backward(grad_out: Tensor, needs: list[bool], call: Call, backend: str) -> tuple[Tensor | None, ...]:
+    """Gradients of value, locations, weights and reference points, None for those that nobody needs."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(grad_out, *_differentiable(call))
+    if backend == "triton":
+        if _watched(call, grad_out):
+            return _with_none(_backward_op(grad_out, needs, *call), needs)
+        return _kernels().backward(grad_out, call, needs)
+    needs = needs[:3]
+    if call.value.device.type != "cpu":
+        return *_reference_gradients(grad_out, call, needs), None
+    if traced(call.value, call.locations, call.weights, grad_out):
+        operands = list(call)
+        return *_with_none(_fallback_backward_op(grad_out, needs, *operands[:_PLAIN_FIELDS]), needs), None
+    run = inductor_backward if backend == "inductor" else fallback_backward
+    return *run(grad_out, call, needs), None
 
 
 class AttentionBackward(torch.autograd.Function):
     """The backward of `Attention`, whose own gradient goes through the differentiable reference.
 
-    apply(grad_out, *call, needs, backend), with needs for value, locations, weights and reference points.
+    apply(grad_out, needs, *call, backend), with needs for value, locations, weights and reference points.
     """
 
     @staticmethod
-    def forward(ctx, grad_out, *operands_needs_and_backend):
-        *operands, needs, backend = operands_needs_and_backend
+    def forward(ctx, grad_out, needs, *operands_and_backend):
+        *operands, backend = operands_and_backend
         call = Call(*operands)
-        if ctx is not None:
-            _save(ctx, call, operands, grad_out)
-            ctx.needs = needs
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(grad_out, *_differentiable(call))
-        if backend == "triton":
-            return _with_none(_backward_op(grad_out, *call, needs), needs)
-        needs = needs[:3]
-        if call.value.device.type != "cpu":
-            return *_reference_gradients(grad_out, call, needs), None
-        if traced(call.value, call.locations, call.weights, grad_out):
-            grads = _fallback_backward_op(grad_out, *operands[:_PLAIN_FIELDS], needs)
-            return *_with_none(grads, needs), None
-        run = inductor_backward if backend == "inductor" else fallback_backward
-        return *run(grad_out, call, needs), None
+        _save(ctx, call, operands, grad_out)
+        ctx.needs = needs
+        return attend_backward(grad_out, needs, call, backend)
 
     @staticmethod
     def backward(ctx, *grad_grads):
         call, grad_out = _saved(ctx)
         needs = ctx.needs
         if not any(needs):
-            return (None,) * (1 + len(call) + 2)
+            return (None,) * (2 + len(call) + 1)
         higher = torch.is_grad_enabled()
         with torch.enable_grad():
             grad_out, *inputs = (_leaf(x, higher) for x in (grad_out, *_differentiable(call)))
@@ -179,7 +224,7 @@ class AttentionBackward(torch.autograd.Function):
             second = [x for x in (grad_out, *inputs) if x is not None]
             results = iter(torch.autograd.grad(grads, second, given, create_graph=higher, allow_unused=True))
         grad_grad_out, *grads = (None if x is None else next(results) for x in (grad_out, *inputs))
-        return grad_grad_out, *_in_their_places(grads), None, None
+        return grad_grad_out, None, *_in_their_places(grads), None
 
 
 def _in_their_places(grads) -> tuple[Tensor | None, ...]:
@@ -233,7 +278,7 @@ def _keep_forward(ctx, inputs, output) -> None:
 
 
 def _keep_backward(ctx, inputs, output) -> None:
-    grad_out, *operands, ctx.needs = inputs
+    grad_out, ctx.needs, *operands = inputs
     _save(ctx, Call(*operands), operands, grad_out)
 
 
@@ -245,8 +290,8 @@ def _register_derivatives() -> None:
         return Attention.backward(ctx, grad_out)[: len(Call._fields) if ctx.backend == "triton" else _PLAIN_FIELDS]
 
     def backward(ctx, *grads):
-        grad_grad_out, *grads = AttentionBackward.backward(ctx, *grads)
-        return grad_grad_out, *grads[: len(Call._fields) if len(ctx.needs) == 4 else _PLAIN_FIELDS], None
+        grad_grad_out, _, *grads = AttentionBackward.backward(ctx, *grads)
+        return grad_grad_out, None, *grads[: len(Call._fields) if len(ctx.needs) == 4 else _PLAIN_FIELDS]
 
     for name, derivative, keep in (("forward", forward, _keep_forward), ("backward", backward, _keep_backward)):
         register(f"msda_triton::{name}", derivative, setup_context=keep)
@@ -262,6 +307,7 @@ torch.library.register_fake("msda_triton::backward", _backward_fake)
 torch.library.register_fake("msda_triton::fallback_forward", _forward_fake)
 torch.library.register_fake("msda_triton::fallback_backward", _backward_fake)
 _register_derivatives()
+tell_the_counter()
 _forward_op = torch.ops.msda_triton.forward.default
 _backward_op = torch.ops.msda_triton.backward.default
 _fallback_forward_op = torch.ops.msda_triton.fallback_forward.default

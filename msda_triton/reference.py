@@ -30,7 +30,7 @@ def ms_deform_attn_reference(call: Call) -> Tensor:
     """out[b, q, m] = sum_k weights[b, q, m, k] * bilinear(value of level(k), locations[b, q, m, k]).
 
     Args:
-        call: plain or fused; a fused one is made plain first. Locations are (x, y) in units of the level's size.
+        call: plain or fused; it is made flat and plain first. Locations are (x, y) in units of the level's size.
     Returns:
         [B, Q, M * D] in value's dtype.
     """
@@ -87,15 +87,28 @@ def discrete_attention(call: Call, method: str) -> Tensor:
 def _level_of_each_point(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """H, W and first token of each point's level, [K] int64; -1 for H and W of a level without pixels, or one that is
     not within the S tokens: no sample x has -1 < x < -1."""
-    shapes = call.spatial_shapes.long()  # an area may be more than a narrow integer holds
+    shapes, starts = _shapes(call), call.level_start_index
     level = level_of_point(shapes, call.num_points)
     S = call.value.shape[1]
     areas = shapes[:, 0] * shapes[:, 1]
-    starts = areas.cumsum(0) - areas if call.level_start_index is None else call.level_start_index.long()
+    if starts is not None:
+        starts = starts.long()
+    elif call.level_starts:
+        starts = constant(tuple(call.level_starts), call.value)
+    else:
+        starts = areas.cumsum(0) - areas
     # a product of sizes beyond S may have overflowed
     fits = ((shapes > 0) & (shapes <= S)).all(1) & (starts >= 0) & (starts + areas <= S)
     H, W, start = (x.masked_fill(~fits, -1)[level] for x in (*shapes.unbind(1), starts))
     return H, W, start
+
+
+def _shapes(call: Call) -> Tensor:
+    """[L, 2] int64 (H, W) on value's device."""
+    if call.spatial_shapes is not None:
+        return call.spatial_shapes.long()  # an area may be more than a narrow integer holds
+    sizes = call.level_sizes
+    return constant(tuple(zip(sizes[::2], sizes[1::2], strict=True)), call.value)
 
 
 def _pixels(value: Tensor, token: Tensor, inside: Tensor) -> Tensor:
@@ -109,11 +122,12 @@ def _pixels(value: Tensor, token: Tensor, inside: Tensor) -> Tensor:
 
 
 def plain(call: Call) -> Call:
-    """A fused call as the plain one that it stands for: locations, softmax and mask by PyTorch."""
+    """A call as the flat and plain one that it stands for: locations, softmax and mask by PyTorch."""
+    call = call.flat()
     if call.reference_points is not None:
         dtype = compute_dtype(call.value, call.locations, call.weights, call.reference_points)
         offsets = call.locations.to(dtype)
-        points, parts = _points_and_parts(call.reference_points.to(dtype), call.spatial_shapes, call.num_points)
+        points, parts = _points_and_parts(call.reference_points.to(dtype), _shapes(call), call.num_points)
         locations = _locate(points, offsets, parts)
         if not _known_to_be_finite(locations):
             # such a sample is not taken, and its zero gradient must not meet what is not finite here: 0 * inf is NaN

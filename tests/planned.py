@@ -23,6 +23,9 @@ def _plan(call: Call, direction: str, config):
     return None if config is None else plan_of(config, kind_of(call, direction))
 
 
+NAMES = "value", "locations", "weights", "reference_points"
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, config, options, *operands):
@@ -31,7 +34,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        needs = [ctx.call.reference_points is not None if i == 8 else ctx.needs_input_grad[i] for i in (2, 5, 6, 8)]
+        needs = [ctx.needs_input_grad[2 + Call._fields.index(name)] for name in NAMES]
+        needs[3] = ctx.call.reference_points is not None
         plan = _plan(ctx.call, "backward", ctx.config)
         value, locations, weights, points = launch.backward(grad_out, ctx.call, needs, plan, **ctx.options)
-        return None, None, *Call(value, None, None, locations, weights, None, points, None, None)
+        return None, None, *Call(value, None, None, locations, weights, None, None, None, points)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
+from msda_triton import MSDeformAttn, constants, ms_deform_attn, ms_deform_attn_fused
 from msda_triton.constants import _kept, _new_on_cpu, constant
 
 # of no other test, so that nothing of them is kept before
@@ -165,6 +166,82 @@ def test_a_second_call_makes_no_constant(monkeypatch):
     monkeypatch.setattr(torch, "tensor", refuse)
     for call, inputs in made:
         call(*inputs)
+
+
+def test_what_a_capture_meets_first_is_written_by_its_kernels(monkeypatch):
+    """No copy from the host, and nothing is kept: the memory is the graph's, and has no numbers until it runs."""
+    like, before = torch.empty(0, device="meta"), len(_kept)
+    sizes = ((next(FRESH), 1013), (2, 1))
+    monkeypatch.setattr(constants, "capturing", lambda device: True)
+    assert constant(sizes, like).shape == (2, 2) and len(_kept) == before
+    for values in (sizes, (5, 3, 2**40), ((7, 1),)):
+        got = constants.written_by_kernels(values, torch.int64, torch.device("cpu"))
+        assert torch.equal(got, torch.tensor(values))
+    monkeypatch.setattr(constants, "capturing", lambda device: False)
+    kept = constant(sizes, like)
+    monkeypatch.setattr(constants, "capturing", lambda device: True)
+    assert constant(sizes, like) is kept
+
+
+class FakeCuda:
+    """A device with streams, whose memory is the CPU's."""
+
+    type = "cuda"
+    used, synchronized, current = [], [], threading.local()
+
+    class Stream:
+        def __init__(self, device):
+            FakeCuda.used.append(self)
+
+        def synchronize(self):
+            FakeCuda.synchronized.append(self)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def stream(stream):
+        FakeCuda.current.stream = stream
+        yield
+        FakeCuda.current.stream = None
+
+
+class OnFakeCuda:
+    device = FakeCuda
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", FakeCuda)
+    monkeypatch.setattr(constants, "capturing", lambda device: False)
+    monkeypatch.setattr(constants, "traced", lambda x: False)
+    real = torch.tensor
+    made = []
+
+    def tensor(values, dtype, device):
+        if values == "no memory":
+            raise RuntimeError("no memory")
+        made.append((threading.get_ident(), FakeCuda.current.stream, torch.is_inference_mode_enabled()))
+        return real(values, dtype=dtype)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    return made
+
+
+def test_a_constant_of_a_gpu_is_made_by_another_thread_on_another_stream(fake_cuda):
+    """So it is in no memory pool of a CUDA graph, which the first call may run in: mode="reduce-overhead" looks."""
+    sizes = ((next(FRESH), 1019),)
+    with torch.inference_mode():
+        x = constant(sizes, OnFakeCuda)
+    ((thread, stream, inference),) = fake_cuda
+    assert thread != threading.get_ident() and not inference and not x.is_inference()
+    assert stream in FakeCuda.used and stream in FakeCuda.synchronized
+    assert constant(sizes, OnFakeCuda) is x and len(fake_cuda) == 1
+    del _kept[sizes, torch.int64, FakeCuda]
+
+
+def test_what_goes_wrong_in_that_thread_is_raised_in_this_one(fake_cuda):
+    with pytest.raises(RuntimeError, match="no memory"):
+        constant("no memory", OnFakeCuda)
+    assert ("no memory", torch.int64, FakeCuda) not in _kept
 
 
 WRONG = {

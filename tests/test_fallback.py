@@ -102,7 +102,7 @@ def test_dense_and_sorted_parts(case, needs, monkeypatch, fast):
     set_dense_tokens(monkeypatch, dense_tokens)
     inputs = make_inputs(levels=levels, points=(2, 3, 1)[: len(levels)])
     inputs[2] = None if starts is None else torch.tensor(starts)
-    geometry, _ = bags.geometry_of(inputs[1], inputs[2], inputs[5], inputs[0].shape[1])
+    geometry, _ = bags.geometry_of(Call(*inputs))
     found = bags.parts_of(geometry, inputs[0].shape[1], dense_tokens)
     assert [(part.points.start, part.points.stop, part.dense) for part in found] == parts
     grad_out = grad_like(inputs)
@@ -340,8 +340,8 @@ def test_compiles_as_one_graph_for_all_sizes():
     operators = torch.ops.msda_triton
 
     def both(value, shapes, locations, weights, grad_out):
-        inputs = (value, shapes, None, locations, weights, [2, 3, 1])
-        return operators.fallback_forward(*inputs), operators.fallback_backward(grad_out, *inputs, [True, True, True])
+        inputs = (value, shapes, None, locations, weights, [2, 3, 1], [], [])
+        return operators.fallback_forward(*inputs), operators.fallback_backward(grad_out, [True, True, True], *inputs)
 
     compiled = torch.compile(both, backend=backend, fullgraph=True, dynamic=True)
     for Q, levels in ((5, LEVELS), (11, [(4, 4), (2, 3), (2, 2)])):

@@ -5,10 +5,12 @@ import functools
 import pytest
 import torch
 from attention import gradients, make_inputs, reference
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from msda_triton import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
 from msda_triton.call import Call
-from msda_triton.constants import constant
+from msda_triton.op import _of_an_operator
 
 SHAPES = [(5, 7), (3, 4)]
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -19,7 +21,7 @@ def op_inputs(device, fused):
     points = torch.rand(1, 3, 2, 4, device=device) if fused else None
     mask = torch.zeros(1, 47, dtype=torch.bool, device=device) if fused else None
     tensors = (value.detach(), torch.tensor(SHAPES, device=device), None, locations.detach().flatten(3, 4))
-    return (*tensors, weights.detach().flatten(3, 4), [1, 1], points, mask, [])
+    return (*tensors, weights.detach().flatten(3, 4), [1, 1], [], [], points, mask)
 
 
 def test_the_schemas_have_the_fields_of_a_call():
@@ -28,9 +30,9 @@ def test_the_schemas_have_the_fields_of_a_call():
     names = {kind: [x.name for x in getattr(operators, kind).default._schema.arguments] for kind in kinds}
     fields = list(Call._fields)
     assert names["forward"] == fields
-    assert names["backward"] == ["grad_out", *fields, "needs"]
-    assert names["fallback_forward"] == fields[:6]
-    assert names["fallback_backward"] == ["grad_out", *fields[:6], "needs"]
+    assert names["backward"] == ["grad_out", "needs", *fields]
+    assert names["fallback_forward"] == fields[:8]
+    assert names["fallback_backward"] == ["grad_out", "needs", *fields[:8]]
 
 
 @pytest.mark.parametrize(
@@ -40,8 +42,18 @@ def test_sizes_that_nobody_checked(sizes, device):
     """Of an operator that is called directly: a query for each pixel or not, every query has its result."""
     value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=47, M=2, D=4, P=1, device=device))
     inputs = value, torch.tensor(SHAPES, device=device), None, locations.flatten(3, 4), weights.flatten(3, 4), [1, 1]
-    want = torch.ops.msda_triton.forward(*inputs, None, None, [])
-    torch.testing.assert_close(torch.ops.msda_triton.forward(*inputs, None, None, sizes), want)
+    want = torch.ops.msda_triton.forward(*inputs, [], [], None, None)
+    torch.testing.assert_close(torch.ops.msda_triton.forward(*inputs, sizes, [], None, None), want)
+
+
+def test_an_operator_that_is_called_directly_says_what_is_missing(device):
+    value, _, _, locations, weights, num_points, *_ = op_inputs(device, False)
+    for sizes in ([], [5, 7, 3], [5, 7, 3, 4, 0, 0]):
+        with pytest.raises(ValueError, match="level_sizes: expected 4 numbers, H and W of each level, or spatial_shap"):
+            torch.ops.msda_triton.forward(value, None, None, locations, weights, num_points, sizes, [], None, None)
+    elsewhere = torch.empty(2, 2, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match=f"spatial_shapes: expected on value's device {value.device}, got meta"):
+        _of_an_operator((value, elsewhere, None, locations, weights, num_points))  # dispatched, it would be meta's
 
 
 def asking_for_gradients(inputs):
@@ -59,14 +71,14 @@ def test_opcheck(kind, gradients, device):
     all_needs = [[True, True, True, kind == "fused"], [False, True, False, False], [True, False, False, False]]
     all_needs += [[False] * 4] if gradients else []
     if kind == "fallback":
-        inputs, all_needs = inputs[:6], [needs[:3] for needs in all_needs]
+        inputs, all_needs = inputs[:8], [needs[:3] for needs in all_needs]
         forward = torch.ops.msda_triton.fallback_forward.default
         backward = torch.ops.msda_triton.fallback_backward.default
     grad_out = torch.randn(1, 3, 8, device=device)
     prepare = asking_for_gradients if gradients else tuple
     torch.library.opcheck(forward, prepare(inputs), test_utils=CHECKS)
     for needs in all_needs:
-        torch.library.opcheck(backward, prepare((grad_out, *inputs, needs)), test_utils=CHECKS)
+        torch.library.opcheck(backward, prepare((grad_out, needs, *inputs)), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("kind", ["plain", "fused", "fallback"])
@@ -74,23 +86,25 @@ def test_the_operators_have_derivatives_of_their_own(kind, device):
     """For graphs that hold them, torch.export's above all: there no autograd function of ours is left."""
     if kind == "fallback":
         device = "cpu"
-    value, shapes, starts, locations, weights, num_points, points, mask, sizes = op_inputs(device, kind == "fused")
+    value, shapes, starts, locations, weights, num_points, *_, points, mask = op_inputs(device, kind == "fused")
     tensors = [value, locations, weights, *([points] if kind == "fused" else [])]
     tensors = [x.double().requires_grad_() for x in tensors]
 
     def run(value, locations, weights, *points):
-        inputs = value, shapes, starts, locations, weights, num_points
+        inputs = value, shapes, starts, locations, weights, num_points, [], []
         if kind == "fallback":
             return torch.ops.msda_triton.fallback_forward(*inputs)
-        return torch.ops.msda_triton.forward(*inputs, *(points or [None]), mask, sizes)
+        return torch.ops.msda_triton.forward(*inputs, *(points or [None]), mask)
 
     assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("form", ["tensor", "list"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_compile_fullgraph_with_dynamic_sizes(backend, device):
+def test_compile_fullgraph_with_dynamic_sizes(backend, form, device):
     """One compilation serves every image size, forward and backward, without a graph break."""
+    torch._dynamo.reset()
     compilations = []
 
     def count(graph, example_inputs):
@@ -100,14 +114,69 @@ def test_compile_fullgraph_with_dynamic_sizes(backend, device):
     function = torch.compile(
         lambda v, s, x, a: ms_deform_attn(v, s, x, a, backend=backend), fullgraph=True, dynamic=True, backend=count
     )
-    for shapes, Q in ([(5, 7), (3, 4)], 5), ([(6, 4), (2, 2)], 9), ([(9, 9), (5, 5)], 17):
+    for shapes, Q in ([(5, 7), (3, 4)], 5), ([(6, 4), (2, 2)], 9), ([(9, 9), (5, 5)], 106):
         inputs = make_inputs(shapes, Q=Q, D=8, device=device)
-        sizes = torch.tensor(shapes, device=device)
+        sizes = torch.tensor(shapes, device=device) if form == "tensor" else shapes
         got = gradients(lambda v, x, a, s=sizes: function(v, s, x, a), inputs, torch.ones(2, Q, 16, device=device))
         want = gradients(lambda v, x, a, s=shapes: reference(v, s, x, a), inputs, torch.ones(2, Q, 16, device=device))
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("form", ["plain", "fused", "listed points", "starts", "discrete"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_compiled_graph_has_no_constants_and_no_copies(backend, form, device):
+    """Sizes that the host knows are integers in it: copied from the host, they would make each layer wait.
+
+    A constant on the host would also make mode="reduce-overhead" give up CUDA graphs.
+    """
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, example_inputs):
+        graphs.append([node for node in graph.graph.nodes if node.op not in ("placeholder", "output")])
+        return make_boxed_func(graph.forward)
+
+    options = {"backend": backend}
+    if form == "starts":
+        options["level_start_index"] = [12, 0]
+    if form == "discrete":
+        options["method"] = "discrete"
+    shapes = [(5, 7), (3, 4)]
+    value, locations, weights = make_inputs(shapes, B=1, Q=3, M=2, D=8, P=2, device=device)
+    points = torch.rand(1, 3, 2, 4, device=device, requires_grad=True)
+    if form == "listed points":
+        locations, weights = (x.flatten(3, 4)[:, :, :, :3].detach().requires_grad_() for x in (locations, weights))
+        options["num_points"] = [1, 2]
+
+    def function(value, points, locations, weights):
+        if form == "fused":
+            return ms_deform_attn_fused(value, shapes, points, locations, weights, **options)
+        return ms_deform_attn(value, shapes, locations, weights, **options)
+
+    inputs = (value, points, locations, weights)
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=keep))):
+        leaves = [x for x in inputs if x is not points or form == "fused"]
+        out = run(*inputs)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    forward, backward = ([str(node.target) for node in graph] for graph in graphs)
+    assert not [name for name in forward + backward if "lift" in name or "device_put" in name]
+    assert not [node for graph in graphs for node in graph if node.op == "get_attr"]
+    if form != "discrete":  # whose floats become indices
+        assert not [name for name in forward + backward if "_to_copy" in name]
+    assert not [
+        node for graph in graphs for node in graph if "_to_copy" in str(node.target) and "device" in node.kwargs
+    ]
+    if form != "discrete":  # which is plain PyTorch
+        kind = {"triton": "", "torch": "fallback_"}[backend]
+        for names, direction in ((forward, "forward"), (backward, "backward")):
+            assert [name for name in names if "msda" in name] == [f"msda_triton.{kind}{direction}.default"]
+        (node,) = (node for node in graphs[0] if "msda" in str(node.target))
+        assert list(node.args[6]) == [5, 7, 3, 4] and node.args[1] is None and node.args[2] is None
 
 
 @pytest.mark.parametrize(("compiler", "backend"), [("aot_eager", "auto"), ("inductor", "auto"), ("inductor", "triton")])
@@ -196,7 +265,7 @@ def test_a_pixels_gradients_are_not_added_up_in_half_precision(kind, dtype, devi
 def test_no_part_of_a_pixels_gradient_is_rounded_to_half_precision(order, kind, device, monkeypatch):
     """The second pixel gets 120000 and -60000 by different corners: infinite in float16, their sum is not."""
     if kind == "exported":
-        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
     backend = "triton" if kind == "triton" else "torch"
     value = torch.ones(1, 2, 1, 1, dtype=torch.float16, device=device, requires_grad=True)
     locations = torch.tensor([[0.5, 0.5], [0.75, 0.5]], device=device).view(1, 2, 1, 1, 1, 2)
@@ -311,27 +380,6 @@ def test_derivatives_under_autocast_are_those_without_it(method, dtype, device):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["default", "discrete"])
-def test_cuda_graph(method):
-    """Captured after one call, replayed after two thousand other sizes, which evict none of the constants it reads."""
-    value, locations, weights = (x.detach() for x in make_inputs(SHAPES, Q=5, D=8, device="cuda"))
-    run = lambda: ms_deform_attn(value, SHAPES, locations, weights, method=method)  # noqa: E731
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    for n in range(2000):
-        constant(((n, 2003),), value)
-    value.copy_(torch.randn_like(value))
-    graph.replay()
-    torch.testing.assert_close(out, run())
-
-
 def test_no_graph_waits_for_the_device(device):
     """Traced with fake tensors: anything that reads a tensor's content would raise."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -341,5 +389,5 @@ def test_no_graph_waits_for_the_device(device):
         value, locations, weights = (torch.empty(size, device=device) for size in sizes)
         shapes = torch.empty(2, 2, dtype=torch.long, device=device)
         torch.ops.msda_triton.forward(
-            value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], None, None, []
+            value, shapes, None, locations.flatten(3, 4), weights.flatten(3, 4), [2, 2], [], [], None, None
         )

@@ -30,13 +30,13 @@ def test_sizes_that_only_the_device_knows_never_reach_outside(backend, sizes, st
         out = ms_deform_attn_reference(Call(leaf, shapes, first, locations, weights, [2, 2]))
         (grad,) = torch.autograd.grad(out.sum(), leaf)
     elif backend == "triton":
-        arguments = (shapes, first, locations, weights, [2, 2], None, None, [])
+        arguments = (shapes, first, locations, weights, [2, 2], [], [], None, None)
         out = torch.ops.msda_triton.forward(value, *arguments)
-        grad = torch.ops.msda_triton.backward(torch.ones(1, 3, 16), value, *arguments, [True, True, True, False])[0]
+        grad = torch.ops.msda_triton.backward(torch.ones(1, 3, 16), [True, True, True, False], value, *arguments)[0]
     else:
-        arguments = (shapes, first, locations, weights, [2, 2])
+        arguments = (shapes, first, locations, weights, [2, 2], [], [])
         out = torch.ops.msda_triton.fallback_forward(value, *arguments)
-        grad = torch.ops.msda_triton.fallback_backward(torch.ones(1, 3, 16), value, *arguments, [True, True, True])[0]
+        grad = torch.ops.msda_triton.fallback_backward(torch.ones(1, 3, 16), [True, True, True], value, *arguments)[0]
     assert out.isfinite().all()
     assert (out >= 0).all() and (out <= 1 + 1e-6).all()
     assert grad.shape == value.shape and grad.isfinite().all()

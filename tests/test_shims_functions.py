@@ -330,3 +330,36 @@ def test_the_core_function_tells_its_two_layouts_apart_where_heads_and_channels_
 
 def test_a_stand_in_is_what_the_package_exports():
     assert torch_ms_deform_attn.MSDeformAttnFunction is msda_triton.MSDeformAttnFunction
+
+
+BY_LIST = {
+    "transformers' layer": lambda v, x, a: transformers.MultiScaleDeformableAttention().forward(
+        v, shapes, SHAPES, starts, x, a, 64
+    ),
+    "mask2former's and oneformer's": lambda v, x, a: transformers.multi_scale_deformable_attention(v, SHAPES, x, a),
+    "rt_detr_v2's, d_fine's, deimv2's": lambda v, x, a: transformers.multi_scale_deformable_attention_v2(
+        v, SHAPES, *_flat(x, a), [P] * L
+    ),
+    "RT-DETR's": lambda v, x, a: rtdetr.deformable_attention_core_func(v, SHAPES, x, a),
+    "RT-DETRv2's, D-FINE's, DEIM's": lambda v, x, a: rtdetr.deformable_attention_core_func_v2(
+        v, SHAPES, *_flat(x, a), [P] * L
+    ),
+    "rf-detr's and LW-DETR's": lambda v, x, a: deformable_detr.ms_deform_attn_core_pytorch(
+        v, shapes.to("meta"), x, a, value_spatial_shapes_hw=SHAPES
+    ),
+    "torch_ms_deform_attn, checked": lambda v, x, a: torch_ms_deform_attn.ms_deform_attn(
+        v, shapes, starts, x, a, check_cuda_metadata=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_LIST)
+def test_sizes_that_the_host_has_reach_the_kernels_as_integers(name, monkeypatch):
+    """So queries that are pixels are taken in rectangles, and graphs hold no constants."""
+    seen = []
+    attend = msda_triton.functional.attend
+    monkeypatch.setattr(
+        msda_triton.functional, "attend", lambda call, backend: (seen.append(call), attend(call, backend))[1]
+    )
+    BY_LIST[name](*(x.detach() for x in make_inputs(SHAPES, B=B, Q=Q, M=M, D=D, P=P)))
+    assert [list(call.level_sizes) for call in seen] == [[3, 5, 2, 3]] and seen[0].spatial_shapes is None

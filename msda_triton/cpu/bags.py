@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msda_triton.call import Call
 from msda_triton.constants import untouched
 
 
@@ -54,20 +55,21 @@ class Samples(NamedTuple):
     slope: Tensor | None  # derivative of the weight by the location, 0 where moved
 
 
-def geometry_of(
-    spatial_shapes: Tensor, level_start_index: Tensor | None, num_points: list[int], S: int
-) -> tuple[Geometry, list[int] | None]:
+def geometry_of(call: Call) -> tuple[Geometry, list[int] | None]:
     """The levels that hold pixels, and their points among the K, None for all: a level that does not fit holds none."""
-    starts = None if level_start_index is None else tuple(level_start_index.tolist())
-    return _geometry(tuple(map(tuple, spatial_shapes.tolist())), starts, tuple(num_points), S)
+    shapes, starts = call.spatial_shapes, call.level_start_index
+    sizes = tuple(call.level_sizes) if shapes is None else tuple(shapes.flatten().tolist())
+    starts = tuple(call.level_starts) if starts is None else tuple(starts.tolist())
+    return _geometry(sizes, starts, tuple(call.num_points), call.value.shape[1])
 
 
 @functools.lru_cache(maxsize=256)
 def _geometry(
-    sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...] | None, num_points: tuple[int, ...], S: int
+    numbers: tuple[int, ...], starts: tuple[int, ...], num_points: tuple[int, ...], S: int
 ) -> tuple[Geometry, list[int] | None]:
+    sizes = tuple(zip(numbers[::2], numbers[1::2], strict=True))
     areas = [H * W for H, W in sizes]
-    if starts is None:
+    if not starts:
         starts = tuple(sum(areas[:level]) for level in range(len(areas)))
     used = [
         level

@@ -90,16 +90,16 @@ def run_backward(stages: Stages, grad_out: Tensor, call: Call, needs: Sequence[b
     if points is not None:
         grads = grads[0], *(_spread(grad, points, sum(call.num_points)) for grad in grads[1:])
     return tuple(
-        _cast(grad, x.dtype).contiguous() if need else None for grad, x, need in zip(grads, inputs, needs, strict=True)
+        _cast(grad, x.dtype).contiguous().view(x.shape) if need else None
+        for grad, x, need in zip(grads, inputs, needs, strict=True)
     )
 
 
 def _used_samples(call: Call) -> tuple[bags.Geometry, list[int] | None, Tensor, Tensor]:
     """The levels that hold pixels, their points among the K (None for all), and the locations and weights of these."""
+    call = call.flat()
     locations, weights = call.locations, call.weights
-    geometry, points = bags.geometry_of(
-        call.spatial_shapes, call.level_start_index, call.num_points, call.value.shape[1]
-    )
+    geometry, points = bags.geometry_of(call)
     if not _is_finite(locations):
         locations = _bounded(locations)
     if points is not None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from msda_triton.functional import MSDeformAttnFunction, ms_deform_attn
@@ -35,8 +34,9 @@ class MultiScaleDeformableAttention(nn.Module):
 
         The sizes come twice: [L, 2] (H, W) as a tensor, and as the same integers in a list.
         """
-        # a graph keeps the tensor, so that it serves other sizes; outside of one the list needs no look at the device
-        shapes = value_spatial_shapes if torch.compiler.is_compiling() else value_spatial_shapes_list
+        shapes = (
+            value_spatial_shapes_list  # needs no look at the device, and lets a program have a rectangle of queries
+        )
         return ms_deform_attn(value, shapes, sampling_locations, attention_weights, level_start_index=level_start_index)
 
 
