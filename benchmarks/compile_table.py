@@ -54,6 +54,8 @@ GRAD_OUT_LOADS = {("channels.py", _first + i) for i in range(len(_source))}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # compiled in every configuration on budget targets, and by --quick: (variant, dtype, channels per head)
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
+# compiled by --quick too, for sm_90: what rotated chunks cost beside chunks that are not
+BESIDE = {"forward": "not rotated", "backward": "rotated"}
 # "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
 VARIANTS = {
     "forward": ["plain", "point", "box", "box_mask", "list"],
@@ -79,7 +81,7 @@ def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Cas
     """What the table holds: for each target every kind of kernel in its default configurations.
 
     On budget targets the main kinds are there in every configuration. `quick` leaves what runs at the encoder's sizes
-    of the most used kernels on these targets.
+    of the most used kernels on these targets, and `BESIDE`.
     """
     for target in [] if quick else BUDGET_TARGETS + OTHER_TARGETS:
         if targets is None or target in targets:
@@ -95,6 +97,8 @@ def cases(quick: bool = False, targets: list[str] | None = None) -> Iterator[Cas
             for kind in kinds:
                 # of two names for one kernel, the first
                 names = default_configs(kernel, *kind, target)[: 1 if quick else 2]
+                if quick and target == "sm_90" and kind[0] == "plain":
+                    names.append(BESIDE[kernel])
                 if target in BUDGET_TARGETS and kind in MAIN and not quick:
                     names += [name for name in configs if name not in names]
                 for name in {launch_of(kernel, *kind, name, target).plan: name for name in reversed(names)}.values():
@@ -126,7 +130,7 @@ def _call(variant: str, dtype: str, channels: int) -> Call:
     with torch.device("meta"):
         return Call(
             value=torch.empty(B, S, M, channels, dtype=storage),
-            spatial_shapes=torch.empty(L, 2, dtype=torch.int64),
+            spatial_shapes=None,
             level_start_index=None,
             locations=torch.empty(B, Q, M, L * P, 2, dtype=wide),
             weights=torch.empty(B, Q, M, L * P, dtype=storage),

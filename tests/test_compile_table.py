@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from filelock import FileLock
 
 from benchmarks import compile_table
@@ -27,6 +29,7 @@ from benchmarks.compile_table import (
     spilled,
 )
 from msda_triton.kernels import plan
+from msda_triton.kernels.channels import lanes_of_add
 
 ROOT = Path(__file__).parents[1]
 KEYS = [field.name for field in fields(Case)]
@@ -35,12 +38,20 @@ NVIDIA = [target for target in BUDGET_TARGETS if target.startswith("sm_")]
 # SASS instructions per (query, head) row on sm_90, D = 32, L = P = 4, by configuration: the best ever counted, and 3 %
 # for what came since and for another compiler. A configuration that becomes the table's needs its own.
 BUDGETS = {
-    ("forward", "bf16", "many"): 208.5,
-    ("forward", "fp16", "many"): 207.9,
-    ("forward", "fp32", "many"): 166.9,
-    ("backward", "bf16", "many"): 427.7,
-    ("backward", "fp16", "many"): 422.9,
+    ("forward", "bf16", "many"): 211.7,
+    ("forward", "fp16", "many"): 213.6,
+    ("forward", "fp32", "many"): 183.2,
+    ("forward", "bf16", "not rotated"): 208.5,
+    ("forward", "fp16", "not rotated"): 207.9,
+    ("forward", "fp32", "not rotated"): 166.9,
+    ("backward", "bf16", "many"): 439.6,
+    ("backward", "fp16", "many"): 437.5,
     ("backward", "fp32", "many"): 381.6,
+}
+# how much more of them rotated chunks may be, of one compiler
+ROTATED = {
+    "forward": {"bf16": 1.03, "fp16": 1.03, "fp32": 1.12},
+    "backward": {"bf16": 1.04, "fp16": 1.05, "fp32": 1.10},
 }
 
 
@@ -83,7 +94,10 @@ def test_no_spill(kernel, target, quick):
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_value_loads_are_128_bits_wide(target, quick):
-    assert {row["value_load_bits"] for row in quick.values() if row["target"] == target} == {"128"}
+    """Those of the backward in half precision are 64: four channels, which four sums of float32 belong to."""
+    for row in select(quick, target=target):
+        half = row["kernel"] == "backward" and row["dtype"] != "fp32"
+        assert row["value_load_bits"] == ("64" if half else "128")
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
@@ -95,15 +109,65 @@ def test_reds_add_four_floats(target, quick):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_no_tile_travels_through_shared_memory(kernel, dtype, quick):
-    (row,) = select(quick, kernel=kernel, variant="plain", dtype=dtype, target="sm_90")
-    assert (row["shared_bytes"], row["barriers"]) == ("0", "0")
+    for row in select(quick, kernel=kernel, variant="plain", dtype=dtype, target="sm_90"):
+        assert (row["shared_bytes"], row["barriers"]) == ("0", "0")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_instructions_per_row(kernel, dtype, quick):
-    (row,) = select(quick, kernel=kernel, variant="plain", dtype=dtype, target="sm_90")
-    assert 0 < float(row["instructions_per_row"]) <= 1.03 * BUDGETS[kernel, dtype, row["config"]]
+    rows = select(quick, kernel=kernel, variant="plain", dtype=dtype, target="sm_90")
+    found = {row["config"]: float(row["instructions_per_row"]) for row in rows}
+    for config in found.keys() & {config for *kind, config in BUDGETS if kind == [kernel, dtype]}:
+        assert 0 < found[config] <= 1.03 * BUDGETS[kernel, dtype, config]
+    rotated, other = ("many", "not rotated") if kernel == "forward" else ("rotated", "many")
+    assert found[rotated] <= ROTATED[kernel][dtype] * found[other]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_red_covers_whole_sectors(dtype):
+    """The lanes of a row add to neighbours: half a 32-byte sector may cost the L2 cache as much as a whole one.
+
+    From Triton's layout of the tiles that are added, and the offsets of `lanes_of_add`, in order of the columns.
+    """
+    case = Case("backward", "plain", dtype, 32, "many", "sm_90")
+    module = python("-c", f"from benchmarks.compile_table import *; print(compile_case({case}).asm['ttgir'])")
+    layouts = set(re.findall(r"tt\.atomic_rmw fadd.*?tensor<\d+x(\d+)x!tt\.ptr<f32>, (#\w+)>", module))
+    assert layouts
+    constants = compile_table.launched(case).plan
+    for columns, name in layouts:
+        layout = re.search(rf"^{name} = #ttg\.blocked<(.*)>", module, re.MULTILINE)[1]
+        per_thread, threads = (
+            int(re.search(rf"{what} = \[\d+, (\d+)\]", layout)[1]) for what in ("sizePerThread", "threadsPerWarp")
+        )
+        assert (per_thread, per_thread * threads) == (4, int(columns))  # a vector a lane, the row in one instruction
+        offsets = offsets_of_a_red(constants, int(columns))
+        for row in offsets:
+            sectors = [{4 * offset // 32 for offset in range(start, start + 8)} for start in row[::8]]
+            assert all(len(sector) == 1 for sector in sectors) and row == [x for s in row[::8] for x in range(s, s + 8)]
+
+
+def offsets_of_a_red(constants: plan.Plan, columns: int) -> list[list[int]]:
+    """Which floats of their rows of 32 the first red of a tile adds to, by row."""
+    out = torch.zeros(constants.BLOCK_Q, columns, dtype=torch.int32)
+    _store_offsets[(1,)](out, constants.BLOCK_Q, 32, constants.VEC, constants.CHUNKS, constants.ROTATE, columns)
+    return out.tolist()
+
+
+@triton.jit
+def _store_offsets(
+    ptr, ROWS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, ROTATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    lane, _in_row, _odd, _upper = lanes_of_add(ROWS, D, D, VEC, CHUNKS, ROTATE)
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(ptr + place, place * 0 + lane)
+
+
+def test_half_sectors_are_found():
+    """The other layout, of 8 channels a lane, fails that test."""
+    halves = plan.Plan(BLOCK_Q=32, VEC=8, CHUNKS=2)
+    assert offsets_of_a_red(halves, 8)[0] == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("variant", ["plain", "box_mask"])
@@ -151,8 +215,8 @@ def test_every_configuration_is_used():
 def test_a_spill_is_found(quick):
     rows = [{"stack_bytes": "0", "spills": "0"}, {"stack_bytes": 8, "spills": 0}, {"stack_bytes": 0, "spills": 2}]
     assert spilled(rows) == rows[1:]
-    assert all(map(is_default, quick.values()))
-    assert not is_default(next(iter(quick.values())) | {"config": "four warps"})
+    beside = {(kernel, config) for kernel, config in compile_table.BESIDE.items()}
+    assert all(is_default(row) != ((row["kernel"], row["config"]) in beside) for row in quick.values())
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

@@ -26,7 +26,7 @@ from msda_triton.kernels.plan import (
 )
 
 LEVELS = [100, 167, 50, 84, 25, 42, 13, 21]
-MANY = CONFIGS["forward"]["many"]
+MANY = replace(CONFIGS["forward"]["many"], rotate=False)
 ENCODER = Kind("forward", D=32, vector=8, P=4, fused=False, double=False, few=False, pixels=True, pairs=2)
 
 
@@ -35,7 +35,7 @@ def call_of(dtype=torch.bfloat16, Q=22223, D=32, P=(4, 4, 4, 4), M=8, B=2, sizes
     with torch.device("meta"):
         return Call(
             value=torch.empty(B, 22223, M, D, dtype=dtype),
-            spatial_shapes=torch.empty(4, 2, dtype=torch.int64),
+            spatial_shapes=None,
             level_start_index=None,
             locations=torch.empty(B, Q, M, sum(P), 2),
             weights=torch.empty(B, Q, M, sum(P), dtype=dtype),
@@ -54,10 +54,9 @@ def test_the_kind_of_an_encoders_call():
     [
         ({"Q": 300}, {"few": True, "pixels": False}),
         ({"Q": 300, "sizes": [10, 20, 10, 10, 0, 5, 0, 0]}, {"few": True}),  # a query for each pixel, though few
-        ({"sizes": ()}, {"pixels": False}),
+        ({"sizes": (), "spatial_shapes": torch.empty(4, 2)}, {"pixels": False}),
         ({"sizes": [-100, -167, *LEVELS[2:]]}, {"pixels": False}),  # of an operator called directly
-        ({"sizes": [*LEVELS, 0, 0]}, {"pixels": False}),
-        ({"sizes": [22223, 1]}, {"pixels": False}),
+        ({"spatial_shapes": torch.empty(4, 2)}, {"pixels": False}),  # so are both; the device's are read
         ({"M": 8192, "B": 1}, {"pixels": False}),  # a rectangle would span more than 32 bits can count
         ({"dtype": torch.float32}, {"vector": 4}),
         ({"dtype": torch.float64}, {"vector": 1, "double": True, "pairs": 1}),
@@ -112,6 +111,19 @@ def test_pairs_need_memory_at_multiples_of_their_size():
         ({}, {"fused": True, "pairs": 0}, Plan(32, 8, VEC=8, CHUNKS=2, warps=2)),
         ({"split": 4}, {"direction": "backward", "pairs": 0}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
         ({"pairs": False}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
+        # as many orders of chunks as a row has places in a cache line: 64 bytes of bfloat16, 128 of float32
+        ({"rotate": True}, {}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, ROTATE=2, warps=2)),
+        ({"rotate": True}, {"vector": 4}, Plan(32, 8, VEC=4, CHUNKS=4, UNROLL=2, PAIRS=2, ROTATE=4, warps=2)),
+        ({"rotate": True, "vec": 4}, {}, Plan(32, 8, VEC=4, CHUNKS=4, UNROLL=2, PAIRS=2, ROTATE=2, warps=2)),
+        ({"rotate": True}, {"vector": 1, "D": 8}, Plan(16, 8, UNROLL=2, PAIRS=2, warps=2)),
+        ({"rotate": True}, {"D": 8}, Plan(128, 8, VEC=8, UNROLL=2, PAIRS=2, warps=2)),
+        ({"rotate": True}, {"D": 16}, Plan(64, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, warps=2)),
+        # rows that are added up need their channels at the same places
+        ({"rotate": True, "split": 4}, {}, Plan(8, 8, VEC=8, CHUNKS=2, UNROLL=4, SHARE=4, PAIRS=1, warps=2)),
+        ({"vec": 4}, {"vector": 1, "D": 30}, Plan(BLOCK_Q=4, BLOCK_W=4, UNROLL=2, PAIRS=2, warps=2)),
+        ({"vec": 4, "lane": 4}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=4, UNROLL=2, PAIRS=2, warps=2)),
+        ({"heads_first": True}, {}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, HEADS_FIRST=1, warps=2)),
+        ({"tile": 2048, "warps": 4}, {}, Plan(64, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2)),
         ({"lane": 8, "registers": 96}, {}, Plan(32, 8, VEC=8, UNROLL=2, PAIRS=2, warps=2, registers=96)),
     ],
 )
@@ -124,6 +136,9 @@ def test_a_grid_covers_every_query_once():
     assert Plan(BLOCK_Q=32).grid(call) == (695, 8, 2)
     # 4 x 8: 25 * 21 + 13 * 11 + 7 * 6 + 4 * 3 rectangles
     assert Plan(BLOCK_Q=32, BLOCK_W=8).grid(call) == (722, 8, 2)
+    # the heads of a tile are neighbours on the axis that has no limit worth the name
+    assert Plan(BLOCK_Q=32, HEADS_FIRST=1).grid(call) == (695 * 8, 1, 2)
+    assert Plan(BLOCK_Q=32, BLOCK_W=8, HEADS_FIRST=1).grid(call) == (722 * 8, 1, 2)
 
 
 def test_options_of_a_launch():

@@ -18,13 +18,14 @@ from msda_triton.kernels.sample import (
 
 @triton.jit
 def _corner(
-    value_ptrs, grad_ptrs, weight, inside, here, grad_out, scale, in_row, in_row_add,
-    D: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, NEEDS_VALUE: tl.constexpr, NEEDS_SAMPLE: tl.constexpr,
+    value_ptrs, grad_ptrs, weight, inside, here, grad_out, scale, load, add,
+    VEC: tl.constexpr, CHUNKS: tl.constexpr, NEEDS_VALUE: tl.constexpr, NEEDS_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """<grad_out, value> of one pixel per row; adds weight * grad_out to the pixel's gradient."""
     dot = tl.zeros_like(weight)
     if NEEDS_SAMPLE:
-        value = load_channels(value_ptrs, inside[:, None] & in_row, grad_out.dtype, D, CHUNKS)
+        _lane, in_row, odd, upper = load
+        value = load_channels(value_ptrs, inside[:, None] & in_row, odd, upper, grad_out.dtype, CHUNKS)
         dot = tl.sum(grad_out * value, 1)
     if NEEDS_VALUE:
         if scale is None:
@@ -33,7 +34,8 @@ def _corner(
             # a small scale first: the product of two large numbers may be infinite, and no integer is
             grad = weight[:, None] * (grad_out * tl.minimum(scale, 1.0))
             grad = tl.floor(grad * tl.maximum(scale, 1.0) + 0.5).to(tl.int64)
-        add_channels(grad_ptrs, grad, (inside & here)[:, None] & in_row_add, D, VEC, CHUNKS)
+        _lane_add, in_row_add, odd_add, upper_add = add
+        add_channels(grad_ptrs, grad, (inside & here)[:, None] & in_row_add, odd_add, upper_add, VEC, CHUNKS)
     return dot
 
 
@@ -44,14 +46,15 @@ def _zeros(BLOCK_Q: tl.constexpr, ACC: tl.constexpr):
     return zeros, zeros, zeros, zeros
 
 
-@triton.jit(do_not_specialize=["S", "Q"])
+@triton.jit(do_not_specialize=["S", "Q", "stride_vb", "stride_vm"])
 def _msda_bwd_kernel(
     value_ptr, shapes_ptr, starts_ptr, num_points_ptr, loc_ptr, attn_ptr, ref_ptr, mask_ptr,
     grad_out_ptr, grad_value_ptr, scale_ptr, grad_loc_ptr, grad_attn_ptr, grad_ref_ptr,
-    S, Q, stride_vb, stride_vm, STRIDE_VS: tl.constexpr,
+    S, Q, stride_vb, stride_vm, STRIDE_VS: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr,
+    ROTATE: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
@@ -59,14 +62,14 @@ def _msda_bwd_kernel(
     scale_ptr, grad_value is summed as integers in units of 1 / scale: such a sum does not depend on its order.
     """
     LANES: tl.constexpr = BLOCK_D // (VEC * CHUNKS)
-    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, 1)
+    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, M, BLOCK_Q, BLOCK_W, 1, HEADS_FIRST)
     loc_row = (first * M + m) * (2 * K) + query * (M * 2 * K)
     attn_row = (first * M + m) * K + query * (M * K)
     ref_ptr = None if REF_DIM == 0 else ref_ptr + (first + query) * (REF_L * REF_DIM)
     softmax = softmax_of_rows(attn_ptr + attn_row, ACC, K, BLOCK_K, REF_DIM > 0)
-    lane, in_row = lanes_of_load(value_ptr, D, BLOCK_D, CHUNKS)
-    lane_add, in_row_add = lanes_of_add(D, BLOCK_D, VEC, CHUNKS)
-    grad_out = load_rows(grad_out_ptr, (first * M + m) * D, query * (M * D), here, ACC, D, BLOCK_D, CHUNKS)
+    load = lanes_of_load(value_ptr, BLOCK_Q, D, BLOCK_D, CHUNKS, ROTATE)
+    add = lanes_of_add(BLOCK_Q, D, BLOCK_D, VEC, CHUNKS, ROTATE)
+    grad_out = load_rows(grad_out_ptr, (first * M + m) * D, query * (M * D), here, ACC, D, BLOCK_D, CHUNKS, ROTATE)
     grad_value_ptr = None if grad_value_ptr is None else grad_value_ptr + (b * S * M + m) * D
     scale = None if scale_ptr is None else tl.load(scale_ptr + b * M + m)
     grad_weights = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
@@ -75,8 +78,8 @@ def _msda_bwd_kernel(
         H, W, down, start, end, num_points = load_level(shapes_ptr, starts_ptr, num_points_ptr, l, end, S, P, ACC)
         ref = load_reference(ref_ptr, l, num_points, ACC, REF_DIM, REF_L)
         hidden_ptr = None if mask_ptr is None else mask_ptr + (b * S + start)
-        level_ptr = value_ptr + b * stride_vb + m * stride_vm + start.to(tl.int64) * STRIDE_VS + lane
-        grad_level_ptr = (0 if grad_value_ptr is None else grad_value_ptr + start.to(tl.int64) * (M * D)) + lane_add
+        level_ptr = value_ptr + (b * stride_vb + m * stride_vm) * STRIDE_UNIT + start.to(tl.int64) * STRIDE_VS + load[0]
+        grad_level_ptr = (0 if grad_value_ptr is None else grad_value_ptr + start.to(tl.int64) * (M * D)) + add[0]
         sum_x, sum_y, sum_w, sum_h = _zeros(BLOCK_Q, ACC)
         for p in tl.range(0, num_points, loop_unroll_factor=UNROLL):
             x, y, attn, u, v = load_sample(
@@ -90,20 +93,20 @@ def _msda_bwd_kernel(
             grad_bottom = grad_top + down * (M * D)
             NEEDS_SAMPLE: tl.constexpr = grad_loc_ptr is not None or grad_attn_ptr is not None
             g00 = _corner(
-                top, grad_top, w0 - w01, in00, here, grad_out, scale, in_row, in_row_add,
-                D, VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
+                top, grad_top, w0 - w01, in00, here, grad_out, scale, load, add,
+                VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
             )  # fmt: skip
             g01 = _corner(
-                top + STRIDE_VS, grad_top + M * D, w01, in01, here, grad_out, scale, in_row, in_row_add,
-                D, VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
+                top + STRIDE_VS, grad_top + M * D, w01, in01, here, grad_out, scale, load, add,
+                VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
             )  # fmt: skip
             g10 = _corner(
-                bottom, grad_bottom, w1 - w11, in10, here, grad_out, scale, in_row, in_row_add,
-                D, VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
+                bottom, grad_bottom, w1 - w11, in10, here, grad_out, scale, load, add,
+                VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
             )  # fmt: skip
             g11 = _corner(
-                bottom + STRIDE_VS, grad_bottom + M * D, w11, in11, here, grad_out, scale, in_row, in_row_add,
-                D, VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
+                bottom + STRIDE_VS, grad_bottom + M * D, w11, in11, here, grad_out, scale, load, add,
+                VEC, CHUNKS, grad_value_ptr is not None, NEEDS_SAMPLE,
             )  # fmt: skip
             if NEEDS_SAMPLE:
                 g_top = g00 + fx * (g01 - g00)

@@ -27,7 +27,7 @@ def _msda_bound_kernel(
     Infinite for NaN; a weight of -1 if no sample adds anything. Samples and pixels count as in the backward kernel, by
     the same helpers: what it does not add must not cost the rest its precision.
     """
-    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, 1)
+    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, M, BLOCK_Q, BLOCK_W, 1, 0)
     loc_ptr += (first * M + m) * (2 * K) + query * (M * 2 * K)
     attn_ptr += (first * M + m) * K + query * (M * K)
     ref_ptr = None if REF_DIM == 0 else ref_ptr + (first + query) * (REF_L * REF_DIM)
@@ -48,7 +48,7 @@ def _msda_bound_kernel(
             largest = tl.maximum(largest, tl.where((in00 | in01) | (in10 | in11), attn, -1.0))
         k += num_points
 
-    grad_out = tl.abs(load_rows(grad_out_ptr, (first * M + m) * D, query * (M * D), here, ACC, D, BLOCK_D, 1))
+    grad_out = tl.abs(load_rows(grad_out_ptr, (first * M + m) * D, query * (M * D), here, ACC, D, BLOCK_D, 1, 1))
     grad_out = tl.max(tl.where(grad_out < float("inf"), grad_out, float("inf")), 1)
     tl.store(max_weight_ptr + first * M + m + query * M, largest, mask=here)
     tl.store(max_grad_ptr + first * M + m + query * M, grad_out, mask=here)

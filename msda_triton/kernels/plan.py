@@ -31,6 +31,9 @@ class Config:
     split: int = 1  # forward only: rows that share a query, each with its part of a level's points
     pairs: bool = True  # forward only: neighbouring locations and weights are one load
     registers: int | None = None  # per thread, at most, on NVIDIA; None leaves it to the compiler
+    vec: int = 8  # neighbouring channels that a lane has, at most
+    rotate: bool = False  # rows take their chunks in as many orders as a row has places in a cache line
+    heads_first: bool = False  # the heads of a tile run one after the other, not the tiles of a head
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Plan:
     UNROLL: int = 1  # rounds of the loop over points that are worked on at once
     SHARE: int = 1  # rows that share a query
     PAIRS: int = 0  # 1: x and y of a location are one load; 2: so are the weights of two points, a round of the loop
+    ROTATE: int = 1  # different orders in which rows take their chunks
+    HEADS_FIRST: int = 0  # 1: of neighbouring programs the heads differ, 0: the tiles
     warps: int = 4
     registers: int | None = None
 
@@ -62,10 +67,12 @@ class Plan:
         """Programs: one per tile of queries, head and image."""
         B, Q, M = call.weights.shape[:3]
         if self.BLOCK_W == 0:
-            return triton.cdiv(Q, self.BLOCK_Q), M, B
-        H, W = self.BLOCK_Q // self.BLOCK_W, self.BLOCK_W
-        sizes = zip(call.level_sizes[::2], call.level_sizes[1::2], strict=True)
-        return sum(triton.cdiv(h, H) * triton.cdiv(w, W) for h, w in sizes), M, B
+            tiles = triton.cdiv(Q, self.BLOCK_Q)
+        else:
+            H, W = self.BLOCK_Q // self.BLOCK_W, self.BLOCK_W
+            sizes = zip(call.level_sizes[::2], call.level_sizes[1::2], strict=True)
+            tiles = sum(triton.cdiv(h, H) * triton.cdiv(w, W) for h, w in sizes)
+        return (tiles * M, 1, B) if self.HEADS_FIRST else (tiles, M, B)
 
 
 class Kind(NamedTuple):
@@ -98,25 +105,30 @@ def kind_of(call: Call, direction: str, deterministic: bool = False, double: boo
         direction: "forward" or "backward". deterministic: grad_value is summed as integers.
         double: computed in float64; None: if an operand is.
     """
-    B, Q, M, K = call.weights.shape
-    D, P = call.value.shape[3], call.num_points
-    uniform = len(set(P)) == 1
+    B, Q, M = call.weights.shape[:3]
+    D, P, K = call.value.shape[3], call.num_points, sum(call.num_points)
     fused = call.reference_points is not None
     sizes = call.level_sizes
-    known = len(sizes) == 2 * len(P) and min(sizes) >= 0  # else nobody has checked them: an operator called directly
-    pixels = known and sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)) == Q
+    # what the kernel reads of the levels is made of the same numbers, or no number of the host's counts
+    pixels = call.spatial_shapes is None and min(sizes) >= 0
+    pixels = pixels and sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True)) == Q
     return Kind(
         direction=direction,
         D=D,
         vector=1 if deterministic else vector_of(call.value.dtype, D),
-        P=P[0] if uniform else 0,
+        P=P[0] if uniform(P) else 0,
         fused=fused,
         double=is_double(call) if double is None else double,
         few=B * Q * M < _FEW_ROWS,
         # a program counts from its first query in 32 bits
         pixels=pixels and max(sizes) * MAX_ROWS * M * max(D, 4 * K) < 2**31,
-        pairs=0 if direction == "backward" or fused or not uniform else _pairs(call.locations, call.weights),
+        pairs=0 if direction == "backward" or fused or not uniform(P) else _pairs(call.locations, call.weights),
     )
+
+
+def uniform(num_points: Sequence[int]) -> bool:
+    """Whether all levels have as many points."""
+    return num_points.count(num_points[0]) == len(num_points)
 
 
 def is_double(call: Call) -> bool:
@@ -149,9 +161,9 @@ def _pairs(locations: Tensor, weights: Tensor) -> int:
 def plan_of(config: Config, kind: Kind) -> Plan:
     """What a configuration becomes for a kind of call."""
     block_d = triton.next_power_of_2(kind.D)
-    lane = min(config.lane, kind.D)
-    chunks = lane // kind.vector if 1 < kind.vector < lane and block_d == kind.D else 1
-    rows = config.tile // (block_d if kind.vector > 1 else 8 * block_d)
+    lane, vector = min(config.lane, kind.D), min(config.vec, kind.vector)
+    chunks = lane // vector if 1 < vector < lane and block_d == kind.D else 1
+    rows = config.tile // (block_d if vector > 1 else 8 * block_d)
     share = config.split if kind.direction == "forward" and kind.P and kind.P % config.split == 0 else 1
     block_q = min(max(rows, share), MAX_ROWS) // share
     # the fused forward spills with two points at once
@@ -166,11 +178,14 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     return Plan(
         BLOCK_Q=block_q,
         BLOCK_W=min(config.width, block_q) if kind.pixels else 0,
-        VEC=kind.vector,
+        VEC=vector,
         CHUNKS=chunks,
         UNROLL=unroll,
         SHARE=share,
         PAIRS=pairs,
+        # a row has kind.D / kind.vector * 16 bytes, and a place in a line 32; rows that share a query are added up
+        ROTATE=min(chunks, max(kind.D // (2 * kind.vector), 1)) if config.rotate and share == 1 else 1,
+        HEADS_FIRST=int(config.heads_first),
         warps=config.warps,
         registers=config.registers,
     )
@@ -178,68 +193,73 @@ def plan_of(config: Config, kind: Kind) -> Plan:
 
 # "large" is for kernels that need many registers: fused ones, float64, points per level that differ. The compiler caps
 # the registers of a thread so that more programs fit, and may then keep a few numbers in memory (it spills). Less work
-# at once, or another cap, avoids that: 255 is all that a thread can have, 96 is enough for plain kernels.
+# at once, or another cap, avoids that: 255 is all that a thread can have, 128 is enough for plain kernels.
 CONFIGS = {
     "forward": {
-        "many": Config(tile=1024, lane=16, unroll=4, width=8, warps=2),
-        "many, runs": Config(tile=1024, lane=16, unroll=4, width=0, warps=2),
-        "many, 96 registers": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, registers=96),
-        "four warps": Config(tile=2048, lane=16, unroll=4, width=8, warps=4),
-        "four warps, lanes of 8": Config(tile=1024, lane=8, unroll=2, width=8, warps=4),
+        "many": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True),
+        "many, 128 registers": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True, registers=128),
+        "runs": Config(tile=1024, lane=16, unroll=4, width=0, warps=2, rotate=True),
+        "8 x 8": Config(tile=2048, lane=16, unroll=4, width=8, warps=4, rotate=True),
+        "16 x 8": Config(tile=4096, lane=16, unroll=4, width=8, warps=8, rotate=True, registers=128),
+        "heads first": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True, heads_first=True),
+        "not rotated": Config(tile=1024, lane=16, unroll=4, width=8, warps=2),
+        "lanes of 8": Config(tile=1024, lane=8, unroll=4, width=8, warps=4, rotate=True),
+        "lanes of 4": Config(tile=1024, lane=4, unroll=4, width=8, warps=8, vec=4),
         "one warp, lanes of 8": Config(tile=256, lane=8, unroll=4, width=4, warps=1),
         "few": Config(tile=512, lane=16, unroll=1, width=2, split=4, warps=1),
         "few, lanes of 8": Config(tile=256, lane=8, unroll=1, width=2, split=4, warps=1),
         "large": Config(tile=1024, lane=16, unroll=2, width=8, warps=2),
-        "large, all registers": Config(tile=1024, lane=16, unroll=2, width=8, warps=2, registers=255),
+        "large, rotated": Config(tile=1024, lane=16, unroll=2, width=8, warps=2, rotate=True, registers=255),
     },
     "backward": {
-        "many": Config(tile=1024, lane=16, unroll=1, width=8, warps=2),
-        "many, runs": Config(tile=1024, lane=16, unroll=1, width=0, warps=2),
-        "all registers": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, registers=255),
-        "four warps, lanes of 8": Config(tile=1024, lane=8, unroll=2, width=8, warps=4, registers=255),
-        "one warp, lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, registers=255),
+        "many": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4),
+        "runs": Config(tile=1024, lane=16, unroll=1, width=0, warps=2, vec=4),
+        "8 x 8": Config(tile=2048, lane=16, unroll=1, width=8, warps=4, vec=4),
+        "heads first": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, heads_first=True),
+        "rotated": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, rotate=True),
+        "eight channels": Config(tile=1024, lane=16, unroll=1, width=8, warps=2),
+        "two points": Config(tile=1024, lane=16, unroll=2, width=8, warps=2, vec=4),
+        "all registers": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, registers=255),
+        "lanes of 8": Config(tile=1024, lane=8, unroll=2, width=8, warps=4, vec=4, registers=255),
+        "lanes of 4": Config(tile=1024, lane=4, unroll=1, width=8, warps=8, vec=4, registers=255),
+        "one warp, lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, vec=4, registers=255),
         "large": Config(tile=1024, lane=8, unroll=1, width=8, warps=4),
     },
 }
 # an interpreted program costs the same whatever its size
 _INTERPRETED = {
-    "forward": Config(tile=4096, lane=16, unroll=4, width=8, warps=1),
-    "backward": Config(tile=4096, lane=16, unroll=1, width=8, warps=1),
+    "forward": Config(tile=4096, lane=16, unroll=4, width=8, warps=1, rotate=True, heads_first=True),
+    "backward": Config(tile=4096, lane=16, unroll=1, width=8, warps=1, vec=4, rotate=True),
 }
 
 # Which configuration runs where nothing is timed: by direction and kind of the call, then by architecture ("sm_90"),
-# vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the fewest instructions per row without
-# a spill (`python -m benchmarks.compile_table`), and four times the programs where there are few rows.
-# `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
+# vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the least that can be lost
+# (`python -m benchmarks.predict`) without a spill (`python -m benchmarks.compile_table`), and four times the programs
+# where there are few rows. `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
 TABLE = {
     ("forward", "many"): {
         "": "many",
-        "sm_75": "many, 96 registers",
-        "sm_86": "many, 96 registers",
+        "sm_80": "many, 128 registers",
+        "sm_86": "many, 128 registers",
+        "gfx": "not rotated",
         "gfx1100": "large",
     },
-    ("forward", "wide"): {
-        "": "many",
-        "sm_86": "many, 96 registers",
-        "sm_89": "many, 96 registers",
-        "sm_90": "many, 96 registers",
-    },
+    ("forward", "wide"): {"": "many", "sm": "many, 128 registers", "gfx": "not rotated"},
     ("forward", "few"): {"": "few"},
-    ("forward", "large"): {
-        "": "large",
-        "sm_86": "large, all registers",
-        "sm_89": "large, all registers",
-        "sm_120": "large, all registers",
-    },
-    ("backward", "many"): {"": "many", "sm_75": "all registers"},
+    ("forward", "large"): {"": "large", "sm": "large, rotated"},
+    ("backward", "many"): {"": "many", "sm_75": "all registers", "gfx": "eight channels"},
     ("backward", "large"): {"": "large", "sm": "all registers"},
 }
 # what `set_autotune(True)` times besides
 TIMED = {
     "forward": (
-        "many", "many, runs", "four warps", "four warps, lanes of 8", "one warp, lanes of 8", "few", "few, lanes of 8",
+        "many", "runs", "8 x 8", "16 x 8", "heads first", "not rotated", "lanes of 8", "lanes of 4",
+        "one warp, lanes of 8", "few", "few, lanes of 8", "large", "large, rotated",
     ),
-    "backward": ("many", "many, runs", "four warps, lanes of 8", "one warp, lanes of 8"),
+    "backward": (
+        "many", "runs", "8 x 8", "heads first", "rotated", "eight channels", "two points", "lanes of 8", "lanes of 4",
+        "one warp, lanes of 8",
+    ),
 }  # fmt: skip
 
 

@@ -7,14 +7,21 @@ from msda_triton.kernels.dtypes import load_number, widen
 
 
 @triton.jit
-def rows_of_program(shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, SHARE: tl.constexpr):
+def rows_of_program(
+    shapes_ptr, Q, L: tl.constexpr, M: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, SHARE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+):  # fmt: skip
     """(b, m, first, query, here) of a program: its image, its head, and BLOCK_Q queries, each in SHARE rows.
 
     first is the index in [B, Q] of its first query, query [BLOCK_Q * SHARE] counts from it in 32 bits, and here masks:
     rows past the edge of the map repeat its last query, and are masked.
     """
-    m, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    start, H, W, y, x = _tile_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W)
+    if HEADS_FIRST:
+        m, tile = tl.program_id(0) % M, tl.program_id(0) // M
+    else:
+        m, tile = tl.program_id(1), tl.program_id(0)
+    m, b = m.to(tl.int64), tl.program_id(2).to(tl.int64)
+    start, H, W, y, x = _place_of_tile(tile, shapes_ptr, Q, L, BLOCK_Q, BLOCK_W)
     index = tl.arange(0, BLOCK_Q * SHARE) // SHARE
     if BLOCK_W == 0:
         return b, m, b * Q + start, tl.minimum(index, W - 1 - x), index < W - x
@@ -26,13 +33,12 @@ def rows_of_program(shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _tile_of_program(shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(first, H, W, y, x): a program's first query, the size of the map that it is a pixel of, and its place there.
+def _place_of_tile(tile, shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(first, H, W, y, x): a tile's first query, the size of the map that it is a pixel of, and its place there.
 
-    With BLOCK_W, queries are the pixels of all levels, and a program has a rectangle of BLOCK_W columns. Without, all
-    queries are one row of pixels, and a program has a run of them.
+    With BLOCK_W, queries are the pixels of all levels, and a tile is a rectangle of BLOCK_W columns. Without, all
+    queries are one row of pixels, and a tile is a run of them.
     """
-    tile = tl.program_id(0)
     if BLOCK_W == 0:
         return tile * BLOCK_Q, 1, Q, 0, tile * BLOCK_Q
     else:
