@@ -14,7 +14,7 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-tests=(tests/test_kernels.py tests/test_fused.py tests/test_deterministic.py tests/test_op.py tests/test_fallback.py)
+tests=(tests/test_gpu.py tests/test_kernels.py tests/test_fused.py tests/test_deterministic.py tests/test_op.py tests/test_fallback.py)
 test_args=(-q -n 8)
 bench_args=(--limit 170)
 tune_args=(--workload encoder decoder --repeat 10)
