@@ -37,12 +37,13 @@ from benchmarks.compile_table import CSV, Case, launched, plan_text
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, Workload, make_inputs
 from msda_triton.kernels.plan import CONFIGS, Plan
 
-# H100 SXM. B1 to B4 are sections of gpu.md, the project's notes on GPUs
-SMS, MHZ = 132, 1755  # multiprocessors, at boost (B)
-ISSUE, ISSUE_REACHED = 4, 0.75  # instructions a clock and multiprocessor; the part that gathers reach (B3, estimated)
-TAGS, SECTORS = 4, 4  # lines that L1 looks up a cycle (B1, NVIDIA's forum); sectors it delivers at most, 128 bytes (B2)
-L2_BYTES = 5.5e6  # read a us (B1, measured by chipsandcheese on the PCIe card: 5.5 to 7)
-L2_ADDS = 70e3  # sectors added to a us (B1, estimated from a GB200: 60 to 80)
+# H100 SXM
+SMS, MHZ = 132, 1755  # multiprocessors, at boost
+ISSUE, ISSUE_REACHED = 4, 0.75  # instructions a clock and multiprocessor; the part that gathers reach (estimated)
+# lines that L1 looks up a cycle (forums.developer.nvidia.com, t/312884 and t/273699); sectors that it delivers at most
+TAGS, SECTORS = 4, 4
+L2_BYTES = 5.5e6  # read a us (measured by chipsandcheese on the PCIe card: 5.5 to 7)
+L2_ADDS = 70e3  # sectors added to a us (estimated from scatter_add on a GB200, PyTorch's PR 182675: 60 to 80)
 HBM_BYTES = 3.35e6  # a us (data sheet, as in bench_op.py)
 SECTOR, LINE = 32, 4  # bytes of a sector, sectors of a line
 

@@ -219,9 +219,9 @@ def _flat(pairs) -> tuple[int, ...]:
 def _pairs_of_usual_classes(x) -> list:
     """The numbers in a list or tuple of pairs that are lists or tuples; empty if it is anything else."""
     numbers = []
-    if type(x) is list or type(x) is tuple:
+    if isinstance(x, (list, tuple)):
         for row in x:
-            if (type(row) is not tuple and type(row) is not list) or len(row) != 2:
+            if not isinstance(row, (tuple, list)) or len(row) != 2:  # a torch.Size is a tuple
                 return []
             numbers += row
     return numbers

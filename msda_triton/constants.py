@@ -8,13 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-# Never evicted: a captured CUDA graph reads these tensors again and does not keep them alive.
+# Of devices but the CPU, never evicted: a captured CUDA graph reads these tensors again and does not keep them alive.
 _kept: dict[tuple, Tensor] = {}
 
 
+_FLAG_IS_HIDDEN = torch.__version__.startswith("2.7.")
+
+
 def exporting() -> bool:
-    """Whether torch.export looks. `torch.compiler.is_exporting()` of torch 2.11 says so of torch.compile too."""
-    return torch.compiler._is_exporting_flag
+    """Whether torch.export looks.
+
+    `torch.compiler.is_exporting()` says so of torch.compile too, up to torch 2.11 at least; the flag behind it not.
+    But torch 2.7 does not set it for strict exports, which are its default.
+    """
+    return torch.compiler.is_exporting() if _FLAG_IS_HIDDEN else torch.compiler._is_exporting_flag
 
 
 def traced(*tensors: Tensor) -> bool:
@@ -27,6 +34,8 @@ def traced(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._is_tracing():  # the latter is torch.jit.trace
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0:  # make_fx with pre_dispatch=True
         return True
     for x in tensors:  # noqa: SIM110 - a call's validation counts in microseconds
         if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -49,9 +58,8 @@ def untouched(make: Callable) -> Callable:
 
 
 _new = untouched(lambda values, dtype, device: torch.tensor(values, dtype=dtype, device=device))
-_new_on_cpu = functools.lru_cache(maxsize=1024)(
-    _new
-)  # what is kept elsewhere is one for every size of a device's images
+# a CPU's are made in microseconds, and each image size has one
+_new_on_cpu = functools.lru_cache(maxsize=1024)(_new)
 
 
 def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -85,7 +93,10 @@ def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> T
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def written_by_kernels(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -113,6 +124,7 @@ def _copied_aside(values: tuple, dtype: torch.dtype, device: torch.device) -> Te
 
     def make() -> Tensor:
         backend = getattr(torch, device.type)
+        backend.set_device(device)  # a new thread is on the first one, and would make a context there
         stream = backend.Stream(device)
         with backend.stream(stream):
             x = torch.tensor(values, dtype=dtype, device=device)

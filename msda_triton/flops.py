@@ -6,6 +6,7 @@ It is told when it is imported, as its import brings Triton, and importing this 
 import importlib.util
 import math
 import sys
+import threading
 
 import torch
 
@@ -34,11 +35,17 @@ def tell_the_counter() -> None:
 class _WhenImported:
     """Finds the counter by the other finders, and tells it what it has to know once it is loaded."""
 
+    def __init__(self):
+        self.of_thread = threading.local()
+
     def find_spec(self, name, path=None, target=None):
-        if name != _COUNTER:
+        if name != _COUNTER or getattr(self.of_thread, "asks", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.of_thread.asks = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.of_thread.asks = False
         load = spec.loader.exec_module
 
         def exec_module(module) -> None:

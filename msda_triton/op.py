@@ -1,11 +1,13 @@
 """The registered operators of `msda_triton::`, and the autograd functions around them.
 
 `forward` and `backward` run the kernels, `fallback_forward` and `fallback_backward` the fallback for CPUs. Eager calls
-pass through the autograd functions `Attention` and `AttentionBackward`, which cost less than the dispatcher; the
-operators have the same derivatives, for graphs that hold them. Triton is imported when a kernel first runs.
+go straight to what is behind them (`attend`), through the autograd functions `Attention` and `AttentionBackward` where
+a gradient can be asked for: both cost less than the dispatcher. The operators have the same derivatives, for graphs
+that hold them. Triton is imported when a kernel first runs.
 """
 
 import functools
+import os
 from collections.abc import Sequence
 
 import torch
@@ -39,12 +41,12 @@ _PLAIN_TENSORS = 5
 
 
 def _forward(*operands):
-    return _kernels().forward(_of_an_operator(operands))
+    return _kernels().forward(_for_kernels(_of_an_operator(operands)))
 
 
 def _backward(grad_out, needs, *operands):
-    call = _of_an_operator(operands)
-    return _without_none(call, _kernels().backward(grad_out, call, needs))
+    call = _of_an_operator(operands, grad_out)
+    return _without_none(call, _kernels().backward(grad_out, _for_kernels(call), needs))
 
 
 def _fallback_forward(*operands):
@@ -64,7 +66,7 @@ def _kernels():
     return launch
 
 
-def _of_an_operator(operands) -> Call:
+def _of_an_operator(operands, grad_out: Tensor | None = None) -> Call:
     """The call that an operator is asked for, perhaps by a graph, perhaps by hand."""
     call = Call(*operands)
     if call.spatial_shapes is None and len(call.level_sizes) != 2 * len(call.num_points):
@@ -72,10 +74,22 @@ def _of_an_operator(operands) -> Call:
             f"level_sizes: expected {2 * len(call.num_points)} numbers, H and W of each level, or spatial_shapes; "
             f"got {list(call.level_sizes)}"
         )
-    for name, x in zip(Call._fields, call, strict=True):
+    for name, x in (*zip(Call._fields, call, strict=True), ("grad_out", grad_out)):
         if isinstance(x, Tensor) and x.device != call.value.device:
             raise ValueError(f"{name}: expected on value's device {call.value.device}, got {x.device}")
     return call
+
+
+def _for_kernels(call: Call) -> Call:
+    """The call, whose memory a GPU can read: launches that are kept hand over pointers that nobody looks at."""
+    device = call.value.device
+    if not _has_kernels(device):
+        raise ValueError(f"value: expected on a GPU (TRITON_INTERPRET=1 runs the kernels on a CPU), got {device}")
+    return call
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _without_none(call: Call, grads) -> tuple[Tensor, ...]:
@@ -120,19 +134,32 @@ def _saved(ctx) -> tuple:
     return Call(*plain, *ctx.numbers, points, mask), *tensors[_PLAIN_TENSORS + 2 :]
 
 
+@functools.cache
+def _ordinary(device: torch.device) -> set[int]:
+    """Dispatch keys of ordinary tensors: with memory of their own, and of no class with a dispatch."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference), torch._C.DisableTorchFunction():
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return found
+
+
 def _watched(call: Call, *tensors: Tensor) -> bool:
     """Whether somebody would see an operator: then it is called, and else what is behind it, which costs less.
 
     That is whoever traces; modes and classes of tensors with a `__torch_function__`; and a profiler, which shows its
-    name. A tensor whose numbers are another's, negated, or zeros without memory, is made an ordinary one on the way.
+    name. A tensor that is not ordinary is made so on the way: of batched gradients, of numbers that are another's,
+    negated, of zeros without memory.
     """
-    tensors = call.value, call.locations, call.weights, *tensors
-    if call.reference_points is not None:
-        tensors += (call.reference_points,)
+    tensors += (call.value, call.locations, call.weights)
+    for x in (call.spatial_shapes, call.level_start_index, call.reference_points, call.value_mask):
+        if x is not None:
+            tensors += (x,)
     if traced(*tensors) or has_torch_function_variadic(*tensors) or torch.autograd._profiler_enabled():
         return True
+    ordinary = _ordinary(call.value.device)
     for x in tensors:  # noqa: SIM110 - a call counts in microseconds
-        if x.is_neg() or x._is_zerotensor():
+        if torch._C._dispatch_keys(x).raw_repr() not in ordinary:
             return True
     return False
 

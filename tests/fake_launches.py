@@ -66,7 +66,17 @@ def random_case(rng: random.Random) -> Case:
         listed=rng.random() < 0.3,
         dtypes=(dtype, *(rng.choice([torch.float32, dtype, rng.choice(FLOATS)]) for _ in range(3)), dtype),
         layout=rng.choice(
-            ["plain", "plain", "head-major", "more heads", "wider rows", "odd rows", "one image", "reversed"]
+            [
+                "plain",
+                "plain",
+                "head-major",
+                "more heads",
+                "wider rows",
+                "odd rows",
+                "one image",
+                "reversed",
+                "every other",
+            ]
         ),
         unaligned=tuple(name for name in names if rng.random() < 0.08),
         fused=fused,
@@ -109,13 +119,13 @@ def value_of(case: Case, rng: random.Random) -> Tensor:
     shapes = {
         "plain": (B, S, M, D), "head-major": (B, M, S, D), "more heads": (B, S, M + 1, D),
         "wider rows": (B, S, M, D + 8), "odd rows": (B, S, M, D + 1), "one image": (1, S, M, D),
-        "reversed": (B, S, D, M),
+        "reversed": (B, S, D, M), "every other": (B, S, M, 2 * D),
     }  # fmt: skip
     x = at_offset(torch.zeros(shapes[case.layout], dtype=dtype), off, rng)
     views = {
         "head-major": lambda: x.transpose(1, 2), "more heads": lambda: x[:, :, 1:], "wider rows": lambda: x[..., 8:],
         "odd rows": lambda: x[..., 1:], "one image": lambda: x.expand(B, S, M, D),
-        "reversed": lambda: x.transpose(2, 3),
+        "reversed": lambda: x.transpose(2, 3), "every other": lambda: x[..., ::2],
     }  # fmt: skip
     return views.get(case.layout, lambda: x)()
 

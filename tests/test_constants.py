@@ -147,6 +147,29 @@ def test_nothing_is_evicted():
     assert constant(((3, 7),), like) is first
 
 
+def test_constants_of_another_dtype_are_others():
+    like = torch.empty(0, device="meta")
+    numbers = (next(FRESH), 1021)
+    found = {dtype: constant(numbers, like, dtype) for dtype in (torch.int32, torch.int64)}
+    assert all(constant(numbers, like, dtype) is x and x.dtype == dtype for dtype, x in found.items())
+
+
+def test_a_capture_is_looked_for_on_the_tensors_device(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [torch.device("cuda", 1)])
+    assert constants.capturing(torch.device("cuda", 1)) is True
+    assert constants.capturing(torch.device("cuda", 0)) is False
+    assert constants.capturing(torch.device("xpu", 1)) is False
+
+
 def test_a_cpus_constants_are_a_thousand_at_most():
     like, before = torch.empty(0), len(_kept)
     for n in range(2000):
@@ -189,8 +212,13 @@ class FakeCuda:
     type = "cuda"
     used, synchronized, current = [], [], threading.local()
 
+    @staticmethod
+    def set_device(device):
+        FakeCuda.current.device = device
+
     class Stream:
         def __init__(self, device):
+            assert FakeCuda.current.device is device  # a stream of another device's context is made there
             FakeCuda.used.append(self)
 
         def synchronize(self):

@@ -161,3 +161,25 @@ def test_deterministic_and_empty(B, Q, device):
         assert not any(grad.any() for grad in gradients(function, inputs, torch.ones(B, Q, 16, device=device))[1:])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_deterministic_and_channels_that_are_no_neighbours(dtype, device):
+    """Every other channel of memory: value is copied before any kernel reads it."""
+    value, locations, weights = make_inputs([(3, 4), (2, 2)], B=1, Q=3, M=2, D=16, dtype=dtype, device=device)
+    value = value.detach()[..., ::2].requires_grad_()
+    run = lambda: ms_deform_attn(value, [(3, 4), (2, 2)], locations, weights, backend="triton")  # noqa: E731
+    plain, deterministic = with_and_without(run, value, 1.0)
+    torch.testing.assert_close(deterministic, plain)
+    assert plain.any()
+
+
+def test_deterministic_and_a_head_without_samples(device):
+    """None of its samples adds anything, and its gradient is zero; the other head's is as ever."""
+    value, locations, weights = make_inputs([(2, 3)], B=1, Q=5, M=2, D=8, device=device)
+    with torch.no_grad():
+        locations[:, :, 1] = 7.0
+    run = lambda: ms_deform_attn(value, [(2, 3)], locations, weights, backend="triton")  # noqa: E731
+    plain, deterministic = with_and_without(run, value, 1.0)
+    assert not deterministic[:, :, 1].any() and deterministic[:, :, 0].any()
+    torch.testing.assert_close(deterministic, plain)

@@ -324,3 +324,18 @@ def test_the_modules_layers_run_in_the_originals_order():
         layer.register_forward_hook(lambda *_, name=name: order.append(name))
     module(torch.randn(2, 21, 16), torch.rand(2, 21, 3, 2), torch.randn(2, S, 16), SHAPES)
     assert order == ["value_proj", "sampling_offsets", "attention_weights", "output_proj"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_gradient_of_the_reference_points_alone(backend, device):
+    value, offsets = torch.randn(1, 47, 2, 8, device=device), torch.randn(1, 3, 2, 2, 2, 2, device=device)
+    logits = torch.randn(1, 3, 2, 2, 2, device=device)
+    points = torch.rand(1, 3, 1, 2, device=device, requires_grad=True)
+    out = ms_deform_attn_fused(value, [(5, 7), (3, 4)], points, offsets, logits, backend=backend)
+    (got,) = torch.autograd.grad(out.square().sum(), points)
+    exact = points.detach().double().requires_grad_()
+    sizes = torch.tensor([(7.0, 5.0), (4.0, 3.0)], dtype=torch.float64, device=device)
+    locations = exact[:, :, None, :, None] + offsets.double() / sizes[:, None]
+    weights = logits.double().flatten(3).softmax(-1).view(logits.shape)
+    (want,) = torch.autograd.grad(oracle(value, [(5, 7), (3, 4)], locations, weights).square().sum(), exact)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)

@@ -54,6 +54,32 @@ def test_an_operator_that_is_called_directly_says_what_is_missing(device):
     elsewhere = torch.empty(2, 2, dtype=torch.long, device="meta")
     with pytest.raises(ValueError, match=f"spatial_shapes: expected on value's device {value.device}, got meta"):
         _of_an_operator((value, elsewhere, None, locations, weights, num_points))  # dispatched, it would be meta's
+    shapes = torch.tensor(SHAPES, device=device)
+    with pytest.raises(ValueError, match=f"grad_out: expected on value's device {value.device}, got meta"):
+        _of_an_operator((value, shapes, None, locations, weights, num_points), torch.empty(1, 3, 8, device="meta"))
+
+
+def test_an_operator_refuses_a_cpus_memory_without_the_interpreter(device, monkeypatch):
+    inputs = op_inputs("cpu", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"value: expected on a GPU .* got cpu"):
+        torch.ops.msda_triton.forward(*inputs)
+    with pytest.raises(ValueError, match=r"value: expected on a GPU .* got cpu"):
+        torch.ops.msda_triton.backward(torch.ones(1, 3, 8), [True] * 3 + [False], *inputs)
+
+
+@pytest.mark.parametrize("kind", ["", "fallback_"])
+def test_sizes_and_starts_in_any_memory(kind, device):
+    """Of an operator that is called directly: every other number of the memory that holds them."""
+    value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=3, M=2, D=4, P=1, device=device))
+    shapes, starts = torch.tensor(SHAPES, device=device), torch.tensor([12, 0], device=device)
+    run = getattr(torch.ops.msda_triton, kind + "forward")
+    rest = locations, weights, [1, 1], [], [], *([] if kind else [None, None])
+    want = run(value, shapes, starts, *rest)
+    apart = torch.full((2, 4), 9, device=device), torch.full((4,), 9, device=device)
+    apart[0][:, ::2], apart[1][::2] = shapes, starts
+    torch.testing.assert_close(run(value, apart[0][:, ::2], apart[1][::2], *rest), want)
+    torch.testing.assert_close(want, ms_deform_attn(value, SHAPES, locations, weights, level_start_index=[12, 0]))
 
 
 def asking_for_gradients(inputs):

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from msda_triton.call import Call
+from msda_triton.kernels import launch
 from msda_triton.kernels.plan import (
     CONFIGS,
     TABLE,
@@ -75,6 +76,12 @@ def test_kinds_of_a_backward():
     assert kind_of(call_of(), "backward") == backward
     assert kind_of(call_of(), "backward", deterministic=True) == backward._replace(vector=1)
     assert kind_of(call_of(), "backward", double=True) == backward._replace(double=True)
+
+
+@pytest.mark.parametrize(("W", "pixels"), [(32767, True), (32768, False)])
+def test_rectangles_count_in_32_bits(W, pixels):
+    """128 rows of a map of 2^15 columns, of 8 heads with 16 points each, are 2^31 numbers apart."""
+    assert kind_of(call_of(Q=W, sizes=[1, W, 0, 0, 0, 0, 0, 0]), "forward").pixels == pixels
 
 
 def test_pairs_need_memory_at_multiples_of_their_size():
@@ -268,3 +275,12 @@ def test_autotuning_times_the_plans_of_each_kind_once():
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_bfloat16_is_read_in_pairs_where_memory_allows(first):
+    """Memory of someone else's may begin between two words: the offset in the tensor's storage does not tell."""
+    value = torch.frombuffer(bytearray(200), dtype=torch.bfloat16, offset=2 * first, count=48).view(1, 3, 2, 8)
+    packed = launch._packed(value)
+    assert value.storage_offset() == 0 and packed.data_ptr() == value.data_ptr()
+    assert packed.dtype == (torch.bfloat16 if value.data_ptr() % 4 else torch.int32)

@@ -1,6 +1,5 @@
 """A call goes past PyTorch's dispatcher, unless somebody watches there: who does sees the operators as before."""
 
-import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention import gradients, make_inputs, reference
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -143,7 +143,8 @@ def test_classes_of_tensors_see_the_operator(kind, place, device, dispatched):
 
 @pytest.mark.parametrize("first", ["counter", "package"])
 def test_the_counter_of_flops_is_told_whoever_is_imported_first(first):
-    imports = ["import torch.utils.flop_counter", "import msda_triton"]
+    looked = "import importlib.util; importlib.util.find_spec('torch.utils.flop_counter')"  # which imports nothing
+    imports = ["import torch.utils.flop_counter", f"import msda_triton; {looked}"]
     code = "; ".join(imports if first == "counter" else imports[::-1])
     code += "; operators, told = torch.ops.msda_triton, torch.utils.flop_counter.flop_registry"
     names = "forward", "backward", "fallback_forward", "fallback_backward"
@@ -232,10 +233,41 @@ def test_a_negated_gradient_and_one_without_memory(device, dispatched):
     assert dispatched == ["backward"] * 2
 
 
-def test_fused_reference_points_are_watched_too(device, dispatched):
+def test_the_other_operands_are_watched_too(device, dispatched):
     value, offsets, logits = (x.detach() for x in inputs_on(device))
-    points = torch.rand(1, 3, 2, 2, device=device)
-    for watched in (points.as_subclass(Named), torch.complex(points, -points).conj().imag):
-        with contextlib.suppress(TypeError):
-            ms_deform_attn_fused(value, SHAPES, watched, offsets, logits, backend="triton")
-    assert dispatched == ["forward"] * 2
+    points, mask = torch.rand(1, 3, 2, 2, device=device), torch.zeros(1, 16, dtype=torch.bool, device=device)
+    call = lambda points, mask: ms_deform_attn_fused(  # noqa: E731
+        value, SHAPES, points, offsets, logits, value_mask=mask, backend="triton"
+    )
+    want = call(points, mask)
+    for watched in (points.as_subclass(Named), torch.complex(points, -points).conj().imag, Wrapped(points)):
+        torch.testing.assert_close(call(watched, mask).as_subclass(torch.Tensor), want)
+    zeros = torch._efficientzerotensor(mask.shape, dtype=torch.bool, device=device)
+    for watched in (mask.as_subclass(Named), Wrapped(mask), zeros):
+        torch.testing.assert_close(call(points, watched).as_subclass(torch.Tensor), want)
+    assert dispatched == ["forward"] * 6
+
+
+def test_batched_gradients(device, dispatched):
+    inputs = inputs_on(device)
+    out = attend(*inputs)
+    several = torch.randn(3, *out.shape, device=device)
+    batched = torch.autograd.grad(out, inputs, several, is_grads_batched=True, retain_graph=True)
+    assert dispatched == ["backward"]
+    for i, grad_out in enumerate(several):
+        for x, y in zip(torch.autograd.grad(out, inputs, grad_out, retain_graph=True), batched, strict=True):
+            torch.testing.assert_close(x, y[i])
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_sees_both_operators(pre_dispatch, device, dispatched):
+    inputs = [x.detach() for x in inputs_on(device)]
+
+    def gradient(value, locations, weights):
+        value = value.detach().requires_grad_()
+        return torch.autograd.grad(attend(value, locations, weights).sum(), value)[0]
+
+    graph = make_fx(gradient, pre_dispatch=pre_dispatch)(*inputs)
+    targets = {node.target for node in graph.graph.nodes}
+    assert {OPERATORS.forward.default, OPERATORS.backward.default} <= targets
+    torch.testing.assert_close(graph(*inputs), gradient(*inputs))

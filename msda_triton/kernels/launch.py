@@ -136,7 +136,8 @@ def _inputs(call: Call) -> tuple[Tensor | None, ...]:
 
 # What Triton does for every launch (specialise each argument, make a key of all, find the kernel) takes longer than
 # many a kernel runs. What comes of it is kept by `_key`: how to launch a compiled kernel, and its arguments without the
-# pointers. Triton's settings (`triton.knobs`) that change after a first launch are not seen.
+# pointers. Triton's settings for the compiler (`triton.knobs`) and hooks before a run are not seen if they change after
+# a first launch; the hooks around each launch, which profilers set, are.
 _launches: dict[tuple, tuple[Callable, list]] = {}
 
 
@@ -201,20 +202,11 @@ def _arguments(kernel, call: Call, tensors: tuple[Tensor | None, ...]) -> dict:
     S, M, D = call.value.shape[1:]
     Q, num_points, points = call.weights.shape[1], call.num_points, call.reference_points
     arguments = dict(zip(kernel.arg_names, tensors, strict=False))
-    value = _packed(arguments.get("value_ptr", call.value))
-    # the axis of one image or head has any stride
-    stride_vb, stride_vm = (value.stride(i) if value.shape[i] > 1 else 0 for i in (0, 2))
-    unit = math.gcd(stride_vb, stride_vm, 16 // value.itemsize)
     mask = arguments["mask_ptr"]
-    return arguments | {
-        "value_ptr": value,
+    arguments |= {
         "mask_ptr": None if mask is None else mask.view(torch.uint8),
         "S": S,
         "Q": Q,
-        "stride_vb": stride_vb // unit,
-        "stride_vm": stride_vm // unit,
-        "STRIDE_VS": value.stride(1),
-        "STRIDE_UNIT": unit,
         "M": M,
         "D": D,
         "L": len(num_points),
@@ -226,6 +218,14 @@ def _arguments(kernel, call: Call, tensors: tuple[Tensor | None, ...]) -> dict:
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_K": triton.next_power_of_2(sum(num_points)),
     }
+    if "value_ptr" in arguments:
+        value = _packed(arguments["value_ptr"])
+        # the axis of one image or head has any stride
+        stride_vb, stride_vm = (value.stride(i) if value.shape[i] > 1 else 0 for i in (0, 2))
+        unit = math.gcd(stride_vb, stride_vm, 16 // value.itemsize)
+        strides = {"stride_vb": stride_vb // unit, "stride_vm": stride_vm // unit, "STRIDE_VS": value.stride(1)}
+        arguments |= {"value_ptr": value, "STRIDE_UNIT": unit} | strides
+    return arguments
 
 
 def _packed(value: Tensor) -> Tensor:
