@@ -35,8 +35,6 @@ def traced(*tensors: Tensor) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return True
-    if torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0:  # make_fx with pre_dispatch=True
-        return True
     for x in tensors:  # noqa: SIM110 - a call's validation counts in microseconds
         if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return True
@@ -79,15 +77,19 @@ def constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> T
         # a fake tensor's constants are fake, also where its mode is not on
         with getattr(like, "fake_mode", None) or contextlib.nullcontext():
             return torch.tensor(values, dtype=dtype, device=like.device)
+    return real_constant(values, like, dtype)
+
+
+def real_constant(values: tuple, like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """`constant` where nothing can be traced: behind the operators."""
     key = values, dtype, like.device
+    if like.is_cpu:
+        return _new_on_cpu(*key)
     if key in _kept:
         return _kept[key]
-    device = like.device.type
-    if device == "cpu":
-        return _new_on_cpu(*key)
     if capturing(like.device):
         return written_by_kernels(*key)
-    _kept[key] = (_copied_aside if device in ("cuda", "xpu") else _new)(*key)
+    _kept[key] = (_copied_aside if like.device.type in ("cuda", "xpu") else _new)(*key)
     return _kept[key]
 
 

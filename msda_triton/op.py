@@ -151,15 +151,17 @@ def _watched(call: Call, *tensors: Tensor) -> bool:
     name. A tensor that is not ordinary is made so on the way: of batched gradients, of numbers that are another's,
     negated, of zeros without memory.
     """
-    tensors += (call.value, call.locations, call.weights)
-    for x in (call.spatial_shapes, call.level_start_index, call.reference_points, call.value_mask):
-        if x is not None:
-            tensors += (x,)
+    value, shapes, starts, locations, weights, _, _, _, points, mask = call
+    tensors += (value, locations, weights)
+    if shapes is not None or starts is not None or points is not None or mask is not None:
+        tensors += tuple([x for x in (shapes, starts, points, mask) if x is not None])
     if traced(*tensors) or has_torch_function_variadic(*tensors) or torch.autograd._profiler_enabled():
         return True
-    ordinary = _ordinary(call.value.device)
+    if torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0:  # of make_fx, which has a stack of its own for it
+        return True
+    ordinary, keys_of = _ordinary(value.device), torch._C._dispatch_keys
     for x in tensors:  # noqa: SIM110 - a call counts in microseconds
-        if torch._C._dispatch_keys(x).raw_repr() not in ordinary:
+        if keys_of(x).raw_repr() not in ordinary:
             return True
     return False
 

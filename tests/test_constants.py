@@ -233,7 +233,7 @@ class FakeCuda:
 
 
 class OnFakeCuda:
-    device = FakeCuda
+    device, is_cpu = FakeCuda, False
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_sectors_at_one_place_take_turns_and_others_share_a_cycle():
 
 
 def test_the_encoder_of_the_notes():
-    """As counted independently, by other code: lines a load, us of the stages for value alone, rows of value that a program reads."""
+    """As other code has counted: lines a load, us of the stages for value alone, rows of value that a program reads."""
     w, rotated = predict.ENCODER, LAYOUTS["bf16 rotated"][0]
     lines, *cycles, loads = predict.value_loads(w, "local", rotated, 2)
     us = [round(c * w.B * w.Q * w.M / (132 * 1755)) for c in cycles]

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from msda_triton.call import Call
-from msda_triton.constants import constant
+from msda_triton.constants import real_constant
 from msda_triton.kernels import plan as plans
 from msda_triton.kernels.backward import _msda_bwd_kernel
 from msda_triton.kernels.bound import _msda_bound_kernel
@@ -121,12 +121,12 @@ def _inputs(call: Call) -> tuple[Tensor | None, ...]:
     if starts is not None:
         starts = starts.contiguous()
     elif first:
-        starts = constant(tuple(first), value)
+        starts = real_constant(tuple(first), value)
     return (
         value,
-        constant(tuple(sizes), value) if shapes is None else shapes.contiguous(),
+        real_constant(tuple(sizes), value) if shapes is None else shapes.contiguous(),
         starts,
-        None if plans.uniform(num_points) else constant(tuple(num_points), value, torch.int32),
+        None if plans.uniform(num_points) else real_constant(tuple(num_points), value, torch.int32),
         locations.contiguous(),
         weights.contiguous(),
         None if points is None else points.contiguous(),
