@@ -179,8 +179,8 @@ def capture(run: Callable[[], list[Tensor]], device: str) -> Capture:
                 results = run()
             return Capture(results, graph.replay, written)
         patches.enter_context(mock.patch.object(constants, "capturing", lambda device: True))
-        for module in (launch, reference):
-            patches.enter_context(mock.patch.object(module, "constant", of_a_gpu))
+        for module, name in ((launch, "real_constant"), (reference, "constant")):
+            patches.enter_context(mock.patch.object(module, name, of_a_gpu))
         results = run()
         return Capture(results, replay, written)
 
