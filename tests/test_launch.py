@@ -19,11 +19,11 @@ def python(*arguments: str) -> str:
 
 
 def test_what_is_found_is_what_triton_would_launch():
-    """1500 calls that differ in one thing, or in all: dtypes, strides, alignment of each pointer, which operands there
+    """800 calls that differ in one thing, or in all: dtypes, strides, alignment of each pointer, which operands there
     are, device, plan, determinism, gradients asked for, timing."""
-    *_, last = python("-m", "tests.fake_launches", "--calls", "1500").splitlines()
+    *_, last = python("-m", "tests.fake_launches", "--calls", "800").splitlines()
     calls, kept, kernels, found = (int(word) for word in last.replace(",", "").split() if word.isdigit())
-    assert (calls, kept > 1000, kernels > 1000, found > 200) == (1500, True, True, True), last
+    assert (calls, kept > 500, kernels > 500, found > 100) == (800, True, True, True), last
 
 
 SCRIPT = """
@@ -50,7 +50,7 @@ def forget():
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     before = forget()
     for B in (1, 2, 3):
-        for W in range(50, 68):
+        for W in range(50, 56):
             step(B, [(2, W), (1, 1)], M=1, D=8, dtype=dtype)
     print("kernels, launches and kept ones:", len(fake.binaries) - before, len(fake.launches), len(launch._launches))
 
@@ -104,7 +104,7 @@ def test_launches_on_a_gpu_that_is_not_there():
     and each is on its tensors' device and that device's current stream."""
     names = ["_msda_fwd_kernel", "_msda_bwd_kernel"] * 2
     assert python("-c", SCRIPT).splitlines() == [
-        *["kernels, launches and kept ones: 2 108 108"] * 3,
+        *["kernels, launches and kept ones: 2 36 36"] * 3,
         "kept at most: 8",
         f"in a graph: 2 2 {names}",
         "the same: True",

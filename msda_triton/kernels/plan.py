@@ -229,7 +229,7 @@ CONFIGS = {
 # an interpreted program costs the same whatever its size
 _INTERPRETED = {
     "forward": Config(tile=4096, lane=16, unroll=4, width=8, warps=1, rotate=True, heads_first=True),
-    "backward": Config(tile=4096, lane=16, unroll=1, width=8, warps=1, vec=4, rotate=True),
+    "backward": Config(tile=4096, lane=16, unroll=1, width=8, warps=1),
 }
 
 # Which configuration runs where nothing is timed: by direction and kind of the call, then by architecture ("sm_90"),
