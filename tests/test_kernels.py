@@ -46,15 +46,16 @@ def test_levels_and_points(L, P, device, poisoned_empty):
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", sorted({*CONFIGS["forward"], *CONFIGS["backward"]}))
 def test_every_configuration(name, fused, device, poisoned_empty):
-    """Interpreted, other calls run a configuration of the interpreter's own. Queries are pixels: rectangles are cut."""
+    """Interpreted, other calls run a configuration of the interpreter's own. Queries are pixels: rectangles are
+    cut. With 32 channels chunks are rotated in two orders (plain, bfloat16) and in four (fused, float32)."""
     shapes = [(3, 9)]
     dtype = torch.float32 if fused else torch.bfloat16
-    inputs = make_inputs(shapes, B=1, Q=27, M=1, D=16, P=4, dtype=dtype, device=device)
+    inputs = make_inputs(shapes, B=1, Q=27, M=1, D=32, P=4, dtype=dtype, device=device)
     configs = {direction: of.get(name, of["many"]) for direction, of in CONFIGS.items()}
     if not fused:
         check(shapes, inputs, lambda *inputs: attend(plain_call(*inputs), configs))
         return
-    grad_out = torch.randn(1, 27, 16, device=device)
+    grad_out = torch.randn(1, 27, 32, device=device)
     # boxes at zero, eight times the map: an offset moves by 8 / 2 / P = 1, and is the location
     points = torch.tensor([0.0, 0.0, 8.0, 8.0], device=device).expand(1, 27, 1, 4)
     got = gradients(lambda v, x, a: attend(fused_call(v, shapes, points, x, a), configs), inputs, grad_out)
