@@ -29,7 +29,7 @@ class ResNetBackbone(nn.Module):
                 norm_layer=FrozenBatchNorm2d,
             )
         except URLError as error:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"pretrained_backbone: the ImageNet weights of {config.backbone} could not be downloaded "
                 f"({error.reason}); --no-pretrained starts without them, --weights from a file"
             ) from error

@@ -82,6 +82,8 @@ def check_annotations(data: Any, file: str) -> list[Problem]:
     problems += _check_categories(data, file)
     problems += _check_image_entries(data, file)
     problems += _check_boxes(data, file)
+    if not any(problem.fatal for problem in problems):
+        problems += _check_objects(data, file)
     return problems
 
 
@@ -265,8 +267,27 @@ def _check_box(box: Any, image: dict[str, Any] | None, file: str, entry: str) ->
         if x < -_BORDER or y < -_BORDER or x + width > right or y + height > bottom:
             size = f"{image['width']}x{image['height']}"
             yield Problem(file, "box", entry, "bbox", f"{box} reaches outside its image of {size} pixels")
-        elif x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
+        elif not _has_area(box, image):
             yield Problem(file, "zero area", entry, "bbox", f"nothing of {box} is inside its image", fatal=False)
+
+
+def _check_objects(data: dict[str, Any], file: str) -> Iterator[Problem]:
+    """Without a box that counts there is nothing to learn, and no average precision."""
+    images = {image["id"]: image for image in data["images"]}
+    crowds = sum(bool(a.get("iscrowd", 0)) for a in data["annotations"])
+    if all(a.get("iscrowd", 0) or not _has_area(a["bbox"], images[a["image_id"]]) for a in data["annotations"]):
+        total = len(data["annotations"])
+        message = (
+            f"the dataset is empty: of {total} boxes {crowds} are crowds (iscrowd 1), which are neither learned nor "
+            f"counted, and {total - crowds} have no area"
+        )
+        yield Problem(file, "empty", "", "annotations", message)
+
+
+def _has_area(box: list[float], image: dict[str, Any]) -> bool:
+    x, y, width, height = box
+    inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
+    return width > 0 and height > 0 and inside
 
 
 def _climbs_out(file_name: str) -> bool:

@@ -1,8 +1,12 @@
 """Checkpoints: files that are whole or absent, safe to load, and carry all that a model needs to be used."""
 
-import os
+import argparse
 import pickle
+import re
+import struct
 import zipfile
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,53 +16,141 @@ from torch import Tensor, nn
 
 from detr.config import Config
 from detr.model import DeformableDETR, build_model
+from detr.output import whole
 
-# of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.engine)
+# of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.trainer)
 KEYS = ("config", "class_names", "category_ids", "model")
+# fields of a config that are sizes of a model: none is larger than all its tensors, or there is no such model
+_SIZES = ("d_model", "n_heads", "ffn_dim", "enc_points", "dec_points", "n_queries")
+_COUNTS = ("enc_layers", "dec_layers", "n_levels")
+# what each group of an optimiser has had in every version of torch
+_OF_A_GROUP = ("name", "params", "lr", "betas", "eps", "weight_decay")
+# what PyTorch's and Python's readers raise on files that are damaged or made by hand
+_DAMAGED = (
+    *(EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(MemoryError, RuntimeError, ImportError, zipfile.BadZipFile, zlib.error, struct.error, pickle.PickleError),
+)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or used; the message names the file and the field."""
+    """A checkpoint that cannot be read or used; the message names the file and the field."""
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of numbers on the CPU, and nothing that stands for one."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout is torch.strided
+
+
+# name -> what a field of a checkpoint must be, and in words
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (lambda value: isinstance(value, dict), "a dict"),
+    "class_names": (lambda value: _is_list(value, str) and len(value) > 0, "a list of names"),
+    "category_ids": (
+        lambda value: _is_list(value, int) and len(set(value)) == len(value),
+        "a list of distinct integers",
+    ),
+    "model": (_is_weights, "a dict of tensors"),
+    "ema": (_is_weights, "a dict of tensors"),
+    "averaged": (lambda value: isinstance(value, bool), "True or False"),
+    "metrics": (lambda value: isinstance(value, dict), "a dict"),
+    "best_ap": (_is_number, "a number"),
+    "unreadable": (lambda value: _is_list(value, str), "a list of messages"),
+    "sums": (lambda value: isinstance(value, dict) and all(map(_is_number, value.values())), "a dict of numbers"),
+    **dict.fromkeys(
+        ("steps_done", "stale", "skipped", "ema_steps", "train_images"), (_is_count, "an integer of at least 0")
+    ),
+}
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file beside `path`, then rename: whatever happens, `path` is the old file or the new one.
+    """Write a checkpoint; whatever happens, `path` is the old file or the new one.
 
     Raises:
-        CheckpointError: the disk is full or the folder not writable; an earlier file at `path` stays.
+        OutputError: the disk is full or the folder not writable; an earlier file at `path` stays.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    with whole(path, durable=True) as file:
+        torch.save(content, file)
+
+
+def read(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, on the CPU: every byte is checked, and nothing in the file is executed.
+
+    Files of torch 1.5 and before have no checksums; their bytes are not checked.
+
+    Raises:
+        CheckpointError: the file is missing, empty or damaged, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'the file is missing'}")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: not readable: the file is empty")
     try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: not written: {error}") from error
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"{path}: not readable: damaged: the checksum of {damaged} is wrong")
+        # the official files hold the command line of their training
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        holds_code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
+        reason = "holds more than tensors and plain values" if holds_code else "damaged, or of another program"
+        raise CheckpointError(f"{path}: refused: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable: {error.strerror or 'damaged'}") from None
+    except _DAMAGED:
+        raise CheckpointError(f"{path}: not readable: damaged, or of another program") from None
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. Nothing in the file is executed.
+    """The content of a checkpoint, on the CPU; its fields in KEYS are what they should be.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds code, or is no checkpoint of `detr train`.
+        CheckpointError: as `read`, or it is no checkpoint of `detr train`; names the field.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the checkpoint is missing")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a readable checkpoint: damaged, or of another program")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(f"{path}: refused: holds more than tensors and plain values") from None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
-    missing = [key for key in KEYS if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise CheckpointError(f"{path}: {missing[0]}: not in the file: no checkpoint of `detr train`")
+    content = read(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: no checkpoint of `detr train`: expected a dict, got {type(content).__name__}")
+    for name in KEYS:
+        if name not in content:
+            raise CheckpointError(f"{path}: {name}: not in the file: no checkpoint of `detr train`")
+    for name, (is_good, expected) in _FIELDS.items():
+        if name in content and not is_good(content[name]):
+            raise CheckpointError(f"{path}: {name}: expected {expected}, got {_short(content[name])}")
+    expected, got = (len(content[name]) for name in ("class_names", "category_ids"))
+    if expected != got:
+        raise CheckpointError(f"{path}: category_ids: expected {expected}, one for each class, got {got}")
     return content
+
+
+def require(content: dict[str, Any], names: Iterable[str], path: Path) -> None:
+    """Make sure that a loaded checkpoint has these fields, too, which only one that can be resumed has.
+
+    Raises:
+        CheckpointError: names the first that is absent.
+    """
+    for name in names:
+        if name not in content:
+            raise CheckpointError(f"{path}: {name}: not in the file: only checkpoint.pt can be resumed")
 
 
 def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config, dict[int, str]]:
@@ -70,29 +162,58 @@ def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config
         CheckpointError: as `load`, or weights that do not fit the config that is stored with them.
     """
     content = load(path)
+    model, config = model_of(content, path)
+    return model.to(device).eval(), config, classes_of(content)
+
+
+def model_of(content: dict[str, Any], path: Path) -> tuple[DeformableDETR, Config]:
+    """The model in a loaded checkpoint, and its config, see `load_model`."""
     # the attention takes what this machine has, not what the training had
     config = replace(config_of(content, path), backend="auto")
+    weights = content.get("ema", content["model"])
+    check_sizes(config, weights, len(content["class_names"]), path)
     model = build_model(replace(config, pretrained_backbone=False), len(content["class_names"]))
-    load_weights(model, content.get("ema", content["model"]), path)
-    return model.to(device).eval(), config, classes_of(content)
+    load_weights(model, weights, path)
+    return model, config
+
+
+def check_sizes(config: Config, weights: dict[str, Tensor], num_classes: int, path: Path) -> None:
+    """Make sure that `weights` are those of the model of `config`, before anything of its size is made.
+
+    Raises:
+        CheckpointError: names the field that is too large, or the first tensor that does not fit.
+    """
+    limits = dict.fromkeys(_SIZES, sum(tensor.numel() for tensor in weights.values()))
+    limits |= dict.fromkeys(_COUNTS, len(weights))
+    for name, limit in limits.items():
+        if getattr(config, name) > limit:
+            raise CheckpointError(f"{path}: config: {name}: {getattr(config, name)} does not fit the weights beside it")
+    try:
+        with torch.device("meta"):
+            model = build_model(replace(config, pretrained_backbone=False), num_classes)
+    except RuntimeError:  # the bytes of a tensor cannot be counted
+        raise CheckpointError(f"{path}: config: its sizes do not fit the weights beside it") from None
+    _check_weights(model, weights, path)
 
 
 def describe(content: dict[str, Any], model: DeformableDETR) -> str:
     """What a loaded checkpoint is, in a few lines; `model` is the one in it."""
-    config, names = content["config"], content["class_names"]
+    config, names = model.config, content["class_names"]
+    recipe = content["config"].get("recipe", "-")
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     weights = "averaged (EMA)" if content.get("averaged") else "as trained"
     metrics = content.get("metrics") or {"AP": content.get("best_ap", -1.0)}
-    found = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75") if metrics.get(name, -1) >= 0)
+    numbers = {name: metrics.get(name) for name in ("AP", "AP50", "AP75")}
+    found = ", ".join(f"{name} {v:.3f}" for name, v in numbers.items() if isinstance(v, int | float) and v >= 0)
     kind = "a run that can be resumed; the best so far" if "optimizer" in content else "its weights"
     shown = ", ".join(f"{name} ({i})" for i, name in list(zip(content["category_ids"], names, strict=True))[:12])
     more = f", and {len(names) - 12} more" if len(names) > 12 else ""
     return "\n".join(
         [
-            f"preset {config['name']}, recipe {config.get('recipe', '-')}: {millions:.2f} M parameters, {weights}",
+            f"preset {config.name}, recipe {recipe}: {millions:.2f} M parameters, {weights}",
             f"step {content.get('steps_done', '-')}; {kind}: {found or 'not evaluated'}",
-            f"images: shortest side {config['image_size']}, longest at most {config['max_size']} pixels; "
-            f"{config['n_queries']} queries",
+            f"images: shortest side {config.image_size}, longest at most {config.max_size} pixels; "
+            f"{config.n_queries} queries",
             f"{len(names)} classes (id): {shown}{more}",
         ]
     )
@@ -115,12 +236,89 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     """Load all of `weights`, which must fit `model` exactly.
 
     Raises:
-        CheckpointError: names the first tensor that is missing, unknown or of another shape.
+        CheckpointError: names the first tensor that is missing, unknown or of another shape or kind of number.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    _check_weights(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def _check_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    expected, given = ({name: _kind(tensor) for name, tensor in side.items()} for side in (model.state_dict(), weights))
     for name in expected | given:
         if expected.get(name) != given.get(name):
-            shapes = (str(list(side[name])) if name in side else "no such tensor" for side in (expected, given))
-            raise CheckpointError("{}: of another model: {}: expected {}, got {}".format(path, name, *shapes))
-    model.load_state_dict(weights)
+            kinds = (side.get(name, "no such tensor") for side in (expected, given))
+            raise CheckpointError("{}: of another model: {}: expected {}, got {}".format(path, name, *kinds))
+
+
+def _kind(tensor: Tensor) -> str:
+    """Shape, and the kind of numbers where it is not the usual one."""
+    return f"{list(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")
+
+
+def misfit(expected: Any, given: Any, where: str) -> str | None:
+    """Where `given`, read from a file, is not built like `expected`: a sentence, or None if it is.
+
+    Dicts have the same keys, lists the same length, tensors the same shape and dtype. A float may be an integer.
+    """
+    if isinstance(expected, Tensor):
+        if not isinstance(given, Tensor):
+            return f"{where}: expected a tensor, got {_short(given)}"
+        kinds = [f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (expected, given)]
+        return None if kinds[0] == kinds[1] else f"{where}: expected {kinds[0]}, got {kinds[1]}"
+    if isinstance(expected, dict):
+        if not isinstance(given, dict):
+            return f"{where}: expected a dict, got {_short(given)}"
+        for key in expected | given:
+            if (key in expected) != (key in given):
+                return f"{where}.{key}: {'not in the file' if key in expected else 'unknown'}"
+        found = (misfit(expected[key], given[key], f"{where}.{key}") for key in expected)
+        return next((sentence for sentence in found if sentence), None)
+    if isinstance(expected, list | tuple):
+        if not isinstance(given, list | tuple) or len(given) != len(expected):
+            return f"{where}: expected {len(expected)} values, got {_short(given)}"
+        found = (misfit(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(expected, given, strict=True)))
+        return next((sentence for sentence in found if sentence), None)
+    kinds = {float: (int, float)}.get(type(expected), (type(expected),))
+    if type(given) not in kinds:
+        return f"{where}: expected {type(expected).__name__}, got {_short(given)}"
+    return None
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: Path) -> None:
+    """Make sure that `state`, read from a file, is one of `optimizer`, an AdamW.
+
+    Its `load_state_dict` would take tensors of any shape, and fail in the next step. What newer versions of torch add
+    to the groups may be absent, and so may the averages of a parameter that never had a gradient.
+
+    Raises:
+        CheckpointError: names the entry that is absent or wrong.
+    """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: optimizer: expected a dict, got {_short(state)}")
+    expected, given = optimizer.state_dict(), dict(state)
+    averages, groups = given.get("state"), given.get("param_groups")
+    if isinstance(averages, dict):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        expected["state"] = {
+            i: {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            for i in averages
+            if type(i) is int and 0 <= i < len(parameters)
+        }
+    if isinstance(groups, list) and len(groups) == len(expected["param_groups"]) and _is_list(groups, dict):
+        pairs = list(zip(expected["param_groups"], groups, strict=True))
+        kept = [[k for k, v in mine.items() if k in _OF_A_GROUP or (v is not None and k in g)] for mine, g in pairs]
+        expected["param_groups"] = [{k: mine[k] for k in keys} for (mine, _), keys in zip(pairs, kept, strict=True)]
+        given["param_groups"] = [{k: g[k] for k in keys if k in g} for (_, g), keys in zip(pairs, kept, strict=True)]
+    problem = misfit(expected, given, "optimizer")
+    for i, (mine, theirs) in enumerate(
+        zip(expected["param_groups"], given["param_groups"], strict=True) if not problem else ()
+    ):
+        if mine["params"] != theirs["params"] or mine["name"] != theirs["name"]:
+            problem = f"optimizer.param_groups[{i}]: of other parameters"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+
+
+def _short(value: Any) -> str:
+    text = f"a {type(value).__name__}" if isinstance(value, Tensor | dict) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,8 +1,9 @@
 """The command `detr`: synth, check-data, train, eval, predict, inspect, export."""
 
 import argparse
-import json
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 
-from detr import checkpoint
+from detr import checkpoint, run_folder
 from detr.check_data import by_kind, check_against, check_split, summary, summary_table
-from detr.cli_train import add_flags, run_training, scaled_preset
+from detr.checkpoint import CheckpointError
+from detr.cli_train import add_flags, run_folder_of, run_training, scaled_preset
 from detr.config import PRESETS
 from detr.data import find_split, load_split, validation_loader
+from detr.distributed import ProcessError
 from detr.evaluate import evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError, read_image
+from detr.output import Folder, OutputError, claim_file, json_of, picture_of, write_file
 from detr.postprocess import best_of_each_query
 from detr.predict import find_images, load_pixels, predict
 from detr.sampling import draw_sampling_points, sampling_points
@@ -25,19 +29,53 @@ from detr.synth import write_dataset
 from detr.trainer import TrainingError
 from detr.weights import export_weights
 
+EX_SOFTWARE = 70  # of sysexits.h
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand. Returns the exit code: 0, 1 after an error that one line explains, 130 after Ctrl-C."""
+    """Run one subcommand.
+
+    Returns:
+        The exit code: 0, 1 after an error that one line explains, 70 after one that is a fault of this program (its
+        traceback is in a file), 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
+    shown = warnings.showwarning
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         return options.run(options)
-    except (DataError, checkpoint.CheckpointError, TrainingError, OSError) as error:
-        print(f"detr {options.command}: error: {error}", file=sys.stderr)
-        return 1
+    except (DataError, CheckpointError, OutputError, TrainingError, ProcessError, OSError) as error:
+        return _complain(options, f"error: {error}", 1)
+    except torch.OutOfMemoryError as error:
+        return _complain(options, f"error: {str(error).splitlines()[0]} Fewer images at once need less", 1)
     except KeyboardInterrupt:
-        print(f"detr {options.command}: interrupted", file=sys.stderr)
-        return 130
+        return _complain(options, "interrupted", 130)
+    except Exception as error:  # whatever it is, the user gets one line
+        text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        where = _keep_traceback(options)
+        return _complain(
+            options, f"{text} (a fault of detr: please report it, with the traceback in {where})", EX_SOFTWARE
+        )
+    finally:
+        warnings.showwarning = shown
+
+
+def _complain(options: argparse.Namespace, text: str, code: int) -> int:
+    print(f"detr {options.command}: {text}", file=sys.stderr)
+    return code
+
+
+def _keep_traceback(options: argparse.Namespace) -> Path:
+    """Write the traceback of the exception that is handled to a new file: in the folder of the run, if there is one."""
+    run = run_folder_of(options) if options.command == "train" else None
+    folder = run if run and run.is_dir() and Folder(run, run_folder.BY).knows_any() else None
+    try:
+        number, name = tempfile.mkstemp(".txt", "detr-traceback-", folder, text=True)
+    except OSError:
+        number, name = tempfile.mkstemp(".txt", "detr-traceback-", text=True)
+    with open(number, "w") as file:
+        traceback.print_exc(file=file)
+    return Path(name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -186,6 +224,8 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
+    if options.json:
+        claim_file(options.json, "detr check-data")
     overrides = {name: getattr(options, name) for name in ("image_size", "n_queries") if getattr(options, name)}
     config = scaled_preset(options.preset, None, **overrides)
     report, fatal = {}, 0
@@ -204,7 +244,7 @@ def _check_data(options: argparse.Namespace) -> int:
         report[f"{split}_problems"] = [vars(problem) for problem in problems]
         fatal += sum(problem.fatal for problem in problems)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(options.json, json_of(report, "detr check-data"), "detr check-data")
     print("fatal problems:", fatal)
     return 1 if fatal else 0
 
@@ -215,6 +255,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     device = _device(options)
+    if options.out:
+        claim_file(options.out, "detr eval")
     model, config, categories = checkpoint.load_model(options.checkpoint, device)
     files = find_split(options.data, options.split, options.annotations, options.images)
     split = load_split(*files, categories)
@@ -222,7 +264,7 @@ def _eval(options: argparse.Namespace) -> int:
     metrics, table = evaluate(model, val, device)
     print(table, per_class_table(metrics), sep="\n")
     if options.out:
-        options.out.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_file(options.out, json_of(metrics, "detr eval"), "detr eval")
     return 0
 
 
@@ -242,8 +284,11 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     device = _device(options)
+    if options.image:
+        claim_file(options.out, "detr inspect")
     content = checkpoint.load(options.checkpoint)
-    model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    model, config = checkpoint.model_of(content, options.checkpoint)
+    model, categories = model.to(device).eval(), checkpoint.classes_of(content)
     print(checkpoint.describe(content, model))
     if not options.image:
         return 0
@@ -254,7 +299,7 @@ def _inspect(options: argparse.Namespace) -> int:
     try:
         outputs, locations, weights = sampling_points(model, load_pixels(picture, config).to(device), layer - 1)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
+        raise CheckpointError(f"{options.checkpoint}: {error}") from None
     # one detection for each query, in the order of queries
     scores, labels, boxes = best_of_each_query(outputs, picture.size)
     query = int(scores.argmax()) if options.query is None else options.query
@@ -262,9 +307,8 @@ def _inspect(options: argparse.Namespace) -> int:
         raise DataError(f"--query: expected a number below {len(scores)}, got {query}")
     label = int(labels[query])
     text = f"{list(categories.values())[label]} {scores[query]:.2f}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw_sampling_points(picture, locations[query], weights[query], boxes[query].tolist(), label, text)
-    drawn.save(options.out)
+    write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
     print(f"{options.out}: the {count} points that query {query} ({text}) samples in decoder layer {layer}")
     return 0
@@ -280,7 +324,7 @@ def _export(options: argparse.Namespace) -> int:
         else:
             path = export_weights(model, options.out, options.to, names)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
+        raise CheckpointError(f"{options.checkpoint}: {error}") from None
     print(f"{path}: written")
     return 0
 

@@ -1,8 +1,10 @@
 """The subcommand `train`: its flags, and from them a trainer and a run directory."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import os
 import uuid
 import warnings
 from pathlib import Path
@@ -10,13 +12,14 @@ from typing import Any
 
 import torch
 
-from detr import checkpoint, distributed
+from detr import checkpoint, distributed, resume, run_folder
 from detr.config import BACKENDS, PRESETS, RECIPE_FIELDS, RECIPES, Config, departures, preset
-from detr.data import Split, find_split, load_split, validation_loader
+from detr.data import find_split, load_split, validation_loader
 from detr.engine import train
 from detr.images import DataError
-from detr.trainer import Trainer, TrainingError
-from detr.weights import load_weights
+from detr.split import Split
+from detr.trainer import Trainer
+from detr.weights import Report, load_weights
 
 # flags that replace a field of the preset: type or choices, text
 CONFIG_FLAGS = {
@@ -40,7 +43,6 @@ SWITCHES = {
     "compile": "torch.compile the model: slow first steps, fast later ones",
     "grad_checkpointing": "recompute the transformer's layers in the backward: less memory, more time",
 }
-_DATA = ("data", "train_json", "train_images", "val_json", "val_images")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +55,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "detector; tiny, small models from nothing (the preset's)",
     )
     parser.add_argument("--out", type=Path, help="new run directory (runs/train)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory, as it was")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue the run in this directory, as it was; --data says where its data is now, if it was moved",
+    )
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="with --resume: go on although images or boxes are not those that the run began with",
+    )
     parser.add_argument(
         "--weights",
         type=Path,
@@ -87,53 +99,67 @@ def _flag(name: str) -> str:
 def run_training(options: argparse.Namespace, device: torch.device) -> int:
     """Train as the flags say; the exit code."""
     device = distributed.join(device)
-    if not distributed.is_main():
-        warnings.simplefilter("ignore")
-    code = _run(options, device)
+    with distributed.one_line_for_lost_processes(), warnings.catch_warnings():
+        if not distributed.is_main():
+            warnings.simplefilter("ignore")
+        code = _run(options, device)
     distributed.leave()
     return code
 
 
-def _run(options: argparse.Namespace, device: torch.device) -> int:
-    out = options.resume or options.out or Path("runs/train")
-    path = out / "checkpoint.pt"
-    if options.resume:
-        state = checkpoint.load(path)
-        config, data = _resumed_config(options, state), state["data"]
-    else:
-        if distributed.from_main(path.exists):
-            raise DataError(f"{path}: a run is here already: continue it with --resume {out}, or choose another --out")
-        config, data = _config(options), distributed.from_main(lambda: _data(options))
+def run_folder_of(options: argparse.Namespace) -> Path:
+    """The folder that `detr train` with these flags writes to."""
+    return options.resume or options.out or Path("runs/train")
 
-    # the main process looks at the files first: one message for a fault, and no storm of reads
-    splits = _load(data, config, read_headers=True) if distributed.is_main() else {}
-    distributed.wait()
-    splits = splits or _load(data, config, read_headers=False)
-    try:
-        trainer = Trainer(
-            config, splits["train"], device, options.workers, fresh=not (options.resume or options.weights)
-        )
-    except RuntimeError as error:  # the backbone's weights cannot be downloaded
-        raise TrainingError(str(error)) from error
-    val = validation_loader(splits["val"], config, device, options.workers)
-    report = None
-    if options.resume:
-        trainer.load_state(state, path)
-    elif options.weights:
-        try:
-            report = load_weights(trainer.model, options.weights, trainer.split.class_names)
-        except ValueError as error:
-            raise checkpoint.CheckpointError(str(error)) from None
-    elif config.recipe == "finetune":
-        warnings.warn("recipe finetune is for the --weights of a detector, and none are given", stacklevel=1)
-    if distributed.is_main():
-        if report:
-            print(report)
-        _introduce(trainer, val.dataset.split, out)
-        if trainer.finished:
-            print(f"finished already, at step {trainer.steps_done}; to go on, start a run with --weights {out}/best.pt")
-    metrics = train(trainer, val, out, data)
-    if distributed.is_main():
+
+def _run(options: argparse.Namespace, device: torch.device) -> int:
+    out = run_folder_of(options)
+    path = out / "checkpoint.pt"
+    main = distributed.is_main()
+    with contextlib.ExitStack() as held:
+        if options.resume:
+            if not path.is_file():
+                raise checkpoint.CheckpointError(f"{path}: the file is missing: no run to continue")
+            if main:
+                # first of all, so that what is read is what the last process left
+                held.enter_context(run_folder.hold(out, resume=True))
+            distributed.wait()
+            state = checkpoint.load(path)
+            config, data = _resumed_config(options, state, path), state.get("data")
+            data = resume.located(data, _places(options), path)
+            categories = checkpoint.classes_of(state)
+        else:
+            if main:
+                run_folder.look(out)
+            distributed.wait()
+            if options.accept_changed_data:
+                raise DataError("--accept-changed-data: expected --resume beside it")
+            config, data, categories = _config(options), distributed.from_main(lambda: _data(options)), None
+
+        # the main process looks at the files first: one message for a fault, and no storm of reads
+        splits = _load(data, config, categories, read_headers=True) if main else {}
+        content = resume.content_of(splits)
+        if main and options.resume:
+            resume.check_same_data(state, content, path, options.accept_changed_data)
+        data["content"] = distributed.from_main(lambda: content)
+        splits = splits or _load(data, config, categories, read_headers=False)
+        fresh = not (options.resume or options.weights)
+        trainer = Trainer(config, splits["train"], device, options.workers, fresh=fresh)
+        val = validation_loader(splits["val"], config, device, options.workers)
+        if options.resume:
+            trainer.load_state(state, path, options.accept_changed_data)
+        report = _initialise(options, trainer)
+        if main and not options.resume:
+            held.enter_context(run_folder.hold(out, resume=False))
+        if main:
+            if report:
+                print(report)
+            _introduce(trainer, val.dataset.split, out)
+            if trainer.finished:
+                more = f"to go on, start a run with --weights {out}/best.pt"
+                print(f"finished already, at step {trainer.steps_done}; {more}")
+        metrics = train(trainer, val, out, data)
+    if main:
         if metrics is None:
             print(f"stopped after step {trainer.steps_done}; continue with: detr train --resume {out}")
         else:
@@ -145,11 +171,29 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     return 130 if metrics is None else 0
 
 
+def _initialise(options: argparse.Namespace, trainer: Trainer) -> Report | None:
+    """Start from --weights, if there are any; what was taken from them."""
+    if options.resume or not options.weights:
+        if trainer.config.recipe == "finetune" and not options.resume:
+            warnings.warn("recipe finetune is for the --weights of a detector, and none are given", stacklevel=1)
+        return None
+    try:
+        return load_weights(trainer.model, options.weights, trainer.split.class_names)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(str(error)) from None
+
+
+def _places(options: argparse.Namespace) -> dict[str, str]:
+    """The flags that say where the data is; the folder with its whole path, for a resume from elsewhere."""
+    places = {name: str(value) for name in resume.PLACES if (value := getattr(options, name)) is not None}
+    return places | ({"data": os.path.abspath(places["data"])} if "data" in places else {})
+
+
 def _data(options: argparse.Namespace) -> dict[str, Any]:
     """What a run keeps about its data, and about Weights & Biases."""
     if options.data is None:
         raise DataError("--data: expected the folder of a dataset, got nothing")
-    data: dict[str, Any] = {name: str(value) for name in _DATA if (value := getattr(options, name)) is not None}
+    data: dict[str, Any] = _places(options)
     if options.wandb:
         if not importlib.util.find_spec("wandb"):
             raise DataError("--wandb: the package wandb is not installed")
@@ -157,13 +201,15 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _load(data: dict[str, Any], config: Config, read_headers: bool) -> dict[str, Split]:
+def _load(
+    data: dict[str, Any], config: Config, categories: dict[int, str] | None, read_headers: bool
+) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     for name in ("train", "val"):
         given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
         files = find_split(Path(data["data"]), name, *given)
-        categories = splits["train"].categories if name == "val" else None
         splits[name] = load_split(*files, categories, read_headers, config)
+        categories = splits[name].categories
     return splits
 
 
@@ -231,13 +277,13 @@ def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
         raise DataError(str(error)) from None
 
 
-def _resumed_config(options: argparse.Namespace, state: dict[str, Any]) -> Config:
+def _resumed_config(options: argparse.Namespace, state: dict[str, Any], path: Path) -> Config:
     changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
     changed += [
-        name
-        for name in ("preset", "out", "recipe", "wandb", "weights", "no_pretrained", *_DATA)
-        if getattr(options, name)
+        name for name in ("preset", "out", "recipe", "wandb", "weights", "no_pretrained") if getattr(options, name)
     ]
     if changed:
         raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
-    return checkpoint.config_of(state, options.resume)
+    config = checkpoint.config_of(state, path)
+    checkpoint.check_sizes(config, state["model"], len(state["class_names"]), path)
+    return config

@@ -4,9 +4,8 @@ import os
 import signal
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from detr.check_data import Problem, by_kind, check_against, check_split
 from detr.config import Config
 from detr.images import DataError, read_image, to_tensor
 from detr.progress import progress
+from detr.split import Annotated, Split
 from detr.transforms import evaluation_transform, resize, resized_size
 
 # (json, image folder) of COCO 2017's layout and of the flat one
@@ -32,38 +32,6 @@ LAYOUTS = (
 CACHE_BYTES = 1 << 30
 # images that are tried, one after the other, in the place of one that cannot be read
 SUBSTITUTES = 20
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """One image and its T boxes, those of zero area left out."""
-
-    image_id: int
-    path: Path
-    width: int
-    height: int
-    boxes: Tensor  # [T, 4] float32, x0, y0, x1, y1 in pixels, inside the image
-    labels: Tensor  # [T] int64 in 0..K-1
-    areas: Tensor  # [T] float64, square pixels; of the object where the json knows it, else of the box
-    crowd: Tensor  # [T] bool: a group, no target of training, ignored by the evaluation
-
-
-@dataclass(frozen=True)
-class Split:
-    """The validated images and boxes of one json. Label k means the k-th of `categories`."""
-
-    json_path: Path
-    image_dir: Path
-    images: list[Annotated]
-    categories: dict[int, str]  # id in the json -> name, in the order of labels
-
-    @property
-    def class_names(self) -> list[str]:
-        return list(self.categories.values())
-
-    @property
-    def category_ids(self) -> list[int]:
-        return list(self.categories)
 
 
 def find_split(
@@ -119,15 +87,16 @@ def load_split(
     for category_id, name in declared.items():
         if categories.get(category_id) != name:
             expected = f"{categories[category_id]!r}" if category_id in categories else "no such category"
-            raise DataError(f"{json_path}: category {category_id}: name: expected {expected}, got {name!r}")
+            raise DataError(
+                f"{json_path}: category {category_id}: name: expected {expected}, got {name!r}: classes must be "
+                "those of the training"
+            )
     label_of = {category_id: label for label, category_id in enumerate(categories)}
 
     per_image = defaultdict(list)
     for annotation in data["annotations"]:
         per_image[annotation["image_id"]].append(annotation)
     images = [_annotated(entry, per_image[entry["id"]], image_dir, label_of) for entry in data["images"]]
-    if not any(len(image.boxes) for image in images):
-        raise DataError(f"{json_path}: annotations: the dataset is empty: no box has an area")
     return Split(json_path, image_dir, images, categories)
 
 
@@ -201,6 +170,10 @@ class CocoDataset(Dataset):
                     name = f"reading {split.image_dir}"
                     self.cache = list(progress(reading, desc=name, total=len(split.images), leave=False, delay=2))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is started to load images: it reads them itself. One that is forked shares the memory."""
+        return self.__dict__ | {"cache": None}
+
     def _read(self, image: Annotated) -> Tensor:
         try:
             pixels = to_tensor(read_image(image.path, (image.width, image.height)))
@@ -253,7 +226,7 @@ class TrainingStream(Dataset):
         self.dataset = dataset
         self.seed = seed
         self.batch, self.rank, self.world = batch, rank, world
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         mine, i = divmod(index, self.batch)
@@ -261,7 +234,7 @@ class TrainingStream(Dataset):
         epoch, position = divmod(n, len(self.dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, 0, epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator).numpy()
         # torchvision's transforms draw from the global CPU generator; torch.manual_seed would reset the GPU's too
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, 1, n))
@@ -306,12 +279,29 @@ def same_size_batches(sizes: Sequence[tuple[int, int]], batch_size: int) -> list
     return [group[i : i + batch_size] for group in by_size.values() for i in range(0, len(group), batch_size)]
 
 
+class Loader(DataLoader):
+    """Batches of `collate`. Between processes targets are arrays: each of their tensors would keep a file open."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[dict[str, Any]]]]:
+        for images, mask, targets in super().__iter__():
+            yield images, mask, [_map(target, np.ndarray, torch.from_numpy) for target in targets]
+
+
+def _collate_arrays(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+    images, mask, targets = collate(samples)
+    return images, mask, [_map(target, Tensor, Tensor.numpy) for target in targets]
+
+
+def _map(target: dict[str, Any], kind: type, function: Callable) -> dict[str, Any]:
+    return {name: function(value) if isinstance(value, kind) else value for name, value in target.items()}
+
+
 def make_loader(
     dataset: CocoDataset | TrainingStream,
     batches: Iterable[Sequence[int]],
     device: torch.device,
     workers: int | None = None,
-) -> DataLoader:
+) -> Loader:
     """A loader of collated batches.
 
     Args:
@@ -321,11 +311,11 @@ def make_loader(
     if workers is None:
         source = dataset.dataset if isinstance(dataset, TrainingStream) else dataset
         workers = min(8, os.cpu_count() or 1) if source.cache is None else 0
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate_arrays,
         worker_init_fn=_leave_ctrl_c_to_the_parent,
         pin_memory=device.type == "cuda",
         # the loader would draw a seed from the global generator, which a resumed run has to find unchanged
@@ -340,7 +330,7 @@ def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
 
 def validation_loader(
     split: Split, config: Config, device: torch.device, workers: int | None = None, batch_size: int | None = None
-) -> DataLoader:
+) -> Loader:
     """The images of a split at the size of `config`, batches of one size; with several processes a share of them.
 
     An image file that cannot be read becomes a black image, and "unreadable" in its target says why.

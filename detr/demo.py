@@ -1,9 +1,9 @@
 """`make demo`: from nothing to a trained detector and its pictures, in one command."""
 
 import argparse
+import itertools
 import json
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,14 +16,15 @@ MIN_AP = 0.62  # less than this says that something is broken
 def main(arguments: list[str] | None = None) -> int:
     """Write the synthetic set, train, evaluate, draw. Returns 0, or 1 if a part failed or the AP is below MIN_AP."""
     parser = argparse.ArgumentParser(prog="python -m detr.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to; what it holds is lost")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
     parser.add_argument("--train", type=int, default=2000, help="training images")
     parser.add_argument("--val", type=int, default=200, help="validation images")
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of 8 images")
     options = parser.parse_args(arguments)
 
-    data, run, pictures = options.out / "data", options.out / "run", options.out / "predict"
-    shutil.rmtree(options.out, ignore_errors=True)
+    # a run stays where it is: the next one has another folder
+    number = next(n for n in itertools.chain([""], itertools.count(2)) if not (options.out / f"run{n}").exists())
+    data, run, pictures = (options.out / name for name in ("data", f"run{number}", f"predict{number}"))
     if cli.main(["synth", str(data), "--train", str(options.train), "--val", str(options.val)]):
         return 1
     start = time.perf_counter()

@@ -1,7 +1,8 @@
 """One run over several processes that torchrun started: who this one is, and the little that they tell each other."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -10,6 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class ProcessError(RuntimeError):
+    """Another process of this run has ended before its time."""
+
+
 # others wait this long while the first process checks data or computes an average precision
 PATIENCE = timedelta(days=7)
 _objects: dist.ProcessGroup | None = None  # for Python objects, on the CPU
@@ -37,6 +44,23 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _objects = None
+
+
+@contextlib.contextmanager
+def one_line_for_lost_processes() -> Iterator[None]:
+    """What a process sees of the end of another one, as an error of one line.
+
+    Raises:
+        ProcessError: a message to or from another process failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ProcessError(
+            f"process {rank()}: another process of this run has ended, and with it this one; its message says why"
+        ) from error
 
 
 def rank() -> int:

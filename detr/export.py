@@ -1,16 +1,22 @@
 """A detector as a file that runs without this package: ONNX, `torch.export`, or compiled by AOTInductor."""
 
 import copy
+import io
 import json
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from detr.model import DeformableDETR
+from detr.output import WRITTEN_BY, claim_file, write_file
 from msda_triton import MSDeformAttn
 
+BY = "detr export"
+_ABOUT = "detector.json"
 FORMATS = ("onnx", "torch-export", "aoti")
 # how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
 NODES = ("plain", "tensorrt", "mmdeploy")
@@ -51,6 +57,7 @@ def export_model(
         The path.
     Raises:
         ValueError: an argument that does not fit, or a package that is missing; the message names it.
+        OutputError: a file is in the way that `detr export` did not write.
     """
     path = Path(path)
     if to not in FORMATS:
@@ -68,7 +75,7 @@ def export_model(
         raise ValueError(f"path: expected a name that ends in {suffix} for to={to!r}, got {path}")
     if min(size) < 32:
         raise ValueError(f"size: expected at least 32 x 32 pixels, got {size[0]} x {size[1]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    claim_file(path, BY, _writer)
     about = json.dumps({"classes": class_names, "height": size[0], "width": size[1]})
     detector = Detector(model).eval()
     images, mask = torch.zeros(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool)
@@ -76,17 +83,31 @@ def export_model(
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     with torch.no_grad():
         if to == "onnx":
-            _write_onnx(detector, (images, mask), batch, path, about, attention)
-            return path
-        program = torch.export.export(detector, (images, mask), dynamic_shapes=(batch, batch))
-        if to == "torch-export":
-            torch.export.save(program, path, extra_files={"detector.json": about})
+            content = _onnx(detector, (images, mask), batch, about, attention)
         else:
-            _compile(program, path, about)
+            if to == "aoti":
+                _find_compiler()
+            program = torch.export.export(detector, (images, mask), dynamic_shapes=(batch, batch))
+            content = (_saved if to == "torch-export" else _compiled)(program, {_ABOUT: about, WRITTEN_BY: BY})
+    write_file(path, content, BY, _writer)
     return path
 
 
-def _compile(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
+def _saved(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
+    # to memory, because a full disk would end the process
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=about)
+    return buffer.getvalue()
+
+
+def _compiled(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    options = {"aot_inductor.metadata": about}
+    torch._inductor.aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
+    return buffer.getvalue()
+
+
+def _find_compiler() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -94,11 +115,38 @@ def _compile(program: torch.export.ExportedProgram, path: Path, about: str) -> N
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise ValueError("to: 'aoti' needs a C++ compiler (g++, or what CXX names), and found none") from None
-    options = {"aot_inductor.metadata": {"detector.json": about}}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
-def _write_onnx(detector, inputs, batch, path: Path, about: str, attention: str) -> None:
+def _writer(path: Path) -> str | None:
+    """The command that an exported model says wrote it; None for every other file."""
+    if path.suffix == ".onnx":
+        return _onnx_writer(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(f"/{WRITTEN_BY}"):  # of torch.export
+                    return archive.read(name).decode()
+                if name.endswith(".wrapper_metadata.json"):  # of AOTInductor
+                    return json.loads(archive.read(name)).get(WRITTEN_BY)
+    except (OSError, ValueError, AttributeError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        pass
+    return None
+
+
+def _onnx_writer(path: Path) -> str | None:
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError:
+        return None
+    try:
+        properties = onnx.load(path, load_external_data=False).metadata_props
+    except (OSError, ValueError, DecodeError):
+        return None
+    return next((entry.value for entry in properties if entry.key == WRITTEN_BY), None)
+
+
+def _onnx(detector, inputs, batch, about: str, attention: str) -> bytes:
     try:
         import onnxscript  # noqa: F401
     except ImportError:
@@ -119,10 +167,10 @@ def _write_onnx(detector, inputs, batch, path: Path, about: str, attention: str)
             dynamo=True,
             verbose=False,
         )
-    program.model.metadata_props["detector"] = about
+    program.model.metadata_props.update({"detector": about, WRITTEN_BY: BY})
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with the paths of this machine
-    program.save(path)
+    return program.model_proto.SerializeToString()
 
 
 class _NodeAttention(MSDeformAttn):

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,35 +11,47 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from detr import run_folder
 from detr.config import Config
 from detr.data import collate
 from detr.images import SUFFIXES, DataError, draw_boxes, read_image, to_tensor
+from detr.output import Folder, Written, picture_of
 from detr.postprocess import postprocess
 from detr.progress import progress
 from detr.transforms import evaluation_transform, resize
+
+BY = "detr predict"
+RESULTS = "predictions.json"
 
 
 def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
     """The image files that `inputs` name, each with a relative path to write it to.
 
-    An input is an image, a folder, a glob pattern, or a text file (.txt) with one of these on each line.
+    An input is an image, a folder, a glob pattern, or a text file (.txt) with one of these on each line. In folders and
+    patterns the pictures that `detr predict` and `detr train` wrote are left out, with a warning.
 
     Raises:
         DataError: an input names nothing, or two images would be written to one file.
     """
     found: dict[Path, Path] = {}
+    written = Written()
     for text in inputs:
-        path = Path(text)
+        path, own = Path(text), []
         if path.suffix == ".txt" and path.is_file():
             lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
             pairs = find_images(lines)
-        elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            pairs = [(p, p.relative_to(path)) for p in inside]
-        elif path.exists():
+        elif path.exists() and not path.is_dir():
             pairs = [(path, Path(path.name))]
         else:
-            pairs = [(Path(name), Path(Path(name).name)) for name in sorted(glob.glob(text, recursive=True))]
+            if path.is_dir():
+                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+                pairs = [(p, p.relative_to(path)) for p in inside]
+            else:
+                pairs = [(Path(name), Path(Path(name).name)) for name in sorted(glob.glob(text, recursive=True))]
+            own = [source for source, _ in pairs if written.by(source) in (BY, run_folder.BY)]
+            pairs = [pair for pair in pairs if pair[0] not in own]
+        if own:
+            warnings.warn(f"{text}: left out {len(own)} pictures that detr wrote, the first: {own[0]}", stacklevel=2)
         if not pairs:
             raise DataError(f"{text}: expected an image, a folder of images or a pattern, found no image")
         for source, target in pairs:
@@ -74,7 +87,12 @@ def predict(
     Returns:
         The content of the json: for each image file, width, height and detections (category_id, name, score, bbox as
         x, y, width, height in pixels), best first. And one message for each file that could not be read.
+
+    Raises:
+        OutputError: before the first image, if a file is in the way that `detr predict` did not write.
     """
+    folder = Folder(out, BY)
+    folder.claim([RESULTS, *(target.as_posix() for _, target in images)])
     results: dict[Path, dict[str, Any]] = {}
     waiting: dict[tuple[int, ...], list[tuple[Path, Path, Image.Image, Tensor]]] = defaultdict(list)
     unreadable = []
@@ -85,7 +103,9 @@ def predict(
             outputs = model(images.to(device), mask.to(device))
         sizes = torch.tensor([[picture.height, picture.width] for _, _, picture, _ in batch], device=device)
         for (source, target, picture, _), found in zip(batch, postprocess(outputs, sizes), strict=True):
-            results[source] = {"file": str(source)} | _write(picture, found, categories, threshold, out / target)
+            shown = [row for row in _rows(found) if row[2] >= threshold]
+            folder.write(target.as_posix(), picture_of(_draw(picture, shown, categories), target.suffix, BY))
+            results[source] = {"file": str(source)} | _describe(picture, shown, categories)
 
     for source, target in progress(images, desc="detecting", unit="image", delay=2):
         try:
@@ -108,27 +128,24 @@ def predict(
             run(batch[i : i + batch_size])
 
     in_order = [results[source] for source, _ in images if source in results]
-    out.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(result) for result in in_order)
-    (out / "predictions.json").write_text(f"[\n{lines}\n]\n")
+    folder.write(RESULTS, f"[\n{lines}\n]\n".encode())
     return in_order, unreadable
 
 
-def _write(
-    picture: Image.Image, found: dict[str, Tensor], categories: dict[int, str], threshold: float, path: Path
-) -> dict[str, Any]:
-    """Draw the detections of one image, and describe it."""
+def _rows(found: dict[str, Tensor]) -> list[tuple[list[float], int, float]]:
+    """(box, label, score) of each detection."""
+    return list(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))
+
+
+def _draw(picture: Image.Image, rows: list, categories: dict[int, str]) -> Image.Image:
+    names = list(categories.values())
+    texts = [f"{names[label]} {score:.2f}" for _, label, score in rows]
+    return draw_boxes(picture, [box for box, _, _ in rows], [label for _, label, _ in rows], texts)
+
+
+def _describe(picture: Image.Image, rows: list, categories: dict[int, str]) -> dict[str, Any]:
     ids, names = list(categories), list(categories.values())
-    columns = (found[name].tolist() for name in ("boxes", "labels", "scores"))
-    shown = [row for row in zip(*columns, strict=True) if row[2] >= threshold]
-    drawn = draw_boxes(
-        picture,
-        [box for box, _, _ in shown],
-        [label for _, label, _ in shown],
-        [f"{names[label]} {score:.2f}" for _, label, score in shown],
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(path)
     detections = [
         {
             "category_id": ids[label],
@@ -136,6 +153,6 @@ def _write(
             "score": round(score, 4),
             "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
         }
-        for (x0, y0, x1, y1), label, score in shown
+        for (x0, y0, x1, y1), label, score in rows
     ]
     return {"width": picture.width, "height": picture.height, "detections": detections}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from detr.output import whole, write_whole
+
 KEPT_BATCHES = 3  # of steps that were skipped; the ids of their images are noted for all
 
 
@@ -52,10 +54,19 @@ class Record:
 
 def _forget_after(metrics_path: Path, step: int) -> None:
     if metrics_path.exists():
-        lines = metrics_path.read_text().splitlines(keepends=True)
-        # a line that was cut short has no end
-        whole = (line for line in lines if line.endswith("\n"))
-        metrics_path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        lines = metrics_path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
+        if kept != lines:
+            write_whole(metrics_path, b"".join(kept))
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None if it is broken, as a process that was killed leaves its last one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if type(step) is int and line.endswith(b"\n") else None
 
 
 def keep_batches(
@@ -68,7 +79,9 @@ def keep_batches(
     """
     kept = out / f"nonfinite_step{step}_rank{rank}.pt"
     if len(list(out.glob("nonfinite_step*.pt"))) < KEPT_BATCHES:
-        torch.save([{"images": images, "mask": mask, "targets": targets} for images, mask, targets in batches], kept)
+        content = [{"images": images, "mask": mask, "targets": targets} for images, mask, targets in batches]
+        with whole(kept) as file:
+            torch.save(content, file)
     line = {
         "step": step,
         "rank": rank,
@@ -86,7 +99,7 @@ def image_ids(batches: list[tuple[Tensor, Tensor, list[dict[str, Any]]]]) -> lis
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
 """A synthetic COCO-format dataset on disk: coloured shapes on textured backgrounds, deterministic by seed."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detr.output import Folder
 from detr.progress import progress
 
+BY = "detr synth"
 CLASSES = ("disc", "square", "triangle", "star")
 SMALLEST, LARGEST = 10 / 128, 60 / 128  # longest side of an object's box, as a fraction of the image's side
 MAX_OBJECTS = 5
@@ -25,14 +28,22 @@ def write_dataset(root: Path, n_train: int = 2000, n_val: int = 200, size: int =
 
     Args:
         n_train, n_val: images. size: width and height of every image, in pixels.
+
+    Raises:
+        OutputError: a file is in the way that an earlier call did not write.
     """
-    for split, (name, count) in enumerate((("train", n_train), ("val", n_val))):
-        (root / name).mkdir(parents=True, exist_ok=True)
+    folder = Folder(root, BY)
+    counts = {"train": n_train, "val": n_val}
+    folder.claim([f"instances_{name}.json" for name in counts])
+    folder.claim(f"{name}/{i:06d}.jpg" for name, count in counts.items() for i in range(count))
+    for split, (name, count) in enumerate(counts.items()):
         images, annotations = [], []
         for i in progress(range(count), desc=f"drawing {name}"):
             pixels, boxes, labels, areas = draw_image(np.random.default_rng((seed, split, i)), size)
             file_name = f"{i:06d}.jpg"
-            Image.fromarray(pixels).save(root / name / file_name, quality=90)
+            jpeg = io.BytesIO()
+            Image.fromarray(pixels).save(jpeg, "JPEG", quality=90)
+            folder.write(f"{name}/{file_name}", jpeg.getvalue())
             images.append({"id": i + 1, "file_name": file_name, "width": size, "height": size})
             for (x0, y0, x1, y1), label, area in zip(boxes, labels, areas, strict=True):
                 annotations.append(
@@ -51,7 +62,7 @@ def write_dataset(root: Path, n_train: int = 2000, n_val: int = 200, size: int =
             "images": images,
             "annotations": annotations,
         }
-        (root / f"instances_{name}.json").write_text(json.dumps(content))
+        folder.write(f"instances_{name}.json", json.dumps(content).encode())
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[list[float]], list[int], list[float]]:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from detr import checkpoint, distributed
 from detr.config import Config
 from detr.data import CocoDataset, Split, TrainingStream, make_loader, seed_of
+from detr.images import DataError
 from detr.losses import Criterion, at_least_one
 from detr.model import build_model, param_groups
 from detr.transforms import training_transform
@@ -42,6 +43,7 @@ class Trainer:
 
     Raises:
         TrainingError: the batch cannot be divided among the processes, or the backend is not for this device.
+        ConnectionError: the backbone's weights cannot be downloaded.
     """
 
     def __init__(
@@ -117,13 +119,30 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     def batches(self) -> Iterator[list[Batch]]:
-        """What this process computes in each step that remains: `accumulate` batches."""
+        """What this process computes in each step that remains: `accumulate` batches.
+
+        Raises:
+            DataError: too many images one after the other cannot be read. TrainingError: a loader process died.
+        """
         size = self.config.batch_size // (self.accumulate * self.world)
         first, end = (steps * self.accumulate for steps in (self.steps_done, self.total_steps))
         indices = (range(b * size, (b + 1) * size) for b in range(first, end))
         stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world)
         loader = iter(make_loader(stream, indices, self.device, self.workers))
-        while batches := list(itertools.islice(loader, self.accumulate)):
+        while True:
+            try:
+                batches = list(itertools.islice(loader, self.accumulate))
+            except DataError as error:  # in a loader process: its message is a whole traceback, which ends with ours
+                raise DataError(str(error).strip().splitlines()[-1].removeprefix("detr.images.DataError: ")) from None
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                first_line = str(error).splitlines()[0]
+                raise TrainingError(
+                    f"step {self.steps_done}: {first_line}; fewer --workers need less memory"
+                ) from error
+            if not batches:
+                return
             yield batches
 
     def step(self, batches: list[Batch], stop: bool = False) -> float:
@@ -252,25 +271,35 @@ class Trainer:
             | averages
         )
 
-    def load_state(self, state: dict[str, Any], path: Path) -> None:
-        """Continue from a `state` that was read from `path`.
+    def load_state(self, state: dict[str, Any], path: Path, other_data: bool = False) -> None:
+        """Continue from a `state` that `checkpoint.load` read from `path`.
+
+        Args:
+            other_data: the training set may have another number of images than before.
 
         Raises:
-            CheckpointError: it is not of this model or not of this training set, or holds weights only.
+            CheckpointError: it is not of this model or not of this training set, holds weights only, or a field of it
+            is absent or wrong.
         """
-        if "optimizer" not in state:
-            raise checkpoint.CheckpointError(f"{path}: optimizer: not in the file: only checkpoint.pt can be resumed")
-        if state["train_images"] != len(self.dataset):
+        averages = ("ema", "ema_steps") if self.ema else ()
+        position = ("steps_done", "best_ap", "stale", "skipped")
+        names = ("optimizer", "scaler", "train_images", *position, "unreadable", "sums", *averages)
+        checkpoint.require(state, names, path)
+        if not other_data and state["train_images"] != len(self.dataset):
             raise checkpoint.CheckpointError(
                 f"{path}: train_images: of another dataset: expected {len(self.dataset)}, got {state['train_images']}"
             )
+        problem = checkpoint.misfit(self.scaler.state_dict(), state["scaler"], "scaler")
+        if problem:
+            raise checkpoint.CheckpointError(f"{path}: {problem}")
+        checkpoint.check_optimizer(self.optimizer, state["optimizer"], path)
         checkpoint.load_weights(self.model, state["model"], path)
         if self.ema:
             checkpoint.load_weights(self.ema.module, state["ema"], path)
             self.ema.n_averaged.fill_(state["ema_steps"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        for name in ("steps_done", "best_ap", "stale", "skipped"):
+        for name in position:
             setattr(self, name, state[name])
         self.unreadable = list(state["unreadable"])
         self.sums = Counter(state["sums"])

@@ -1,5 +1,6 @@
 """The pictures of a run: learning curves, and ground truth beside detections."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detr.data import Split
 from detr.images import draw_boxes, read_image
+from detr.output import write_whole
+from detr.split import Split
 
 _HEIGHT = 320  # pixels of every image in predictions.png
 _GAP = 6
@@ -34,7 +36,9 @@ def plot_curves(metrics_path: Path, path: Path) -> None:
         axes.legend()
     figure.axes[0].set_yscale("log")
     figure.axes[1].set_ylim(0, 1)
-    figure.savefig(path, dpi=100)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_whole(path, buffer.getvalue())
 
 
 def draw_predictions(
@@ -66,7 +70,9 @@ def draw_predictions(
         ]
         boxes, labels, texts = (list(column) for column in zip(*shown, strict=True)) if shown else ([], [], [])
         pairs.append((truth, draw_boxes(pixels, boxes, labels, texts)))
-    _sheet(pairs).save(path)
+    buffer = io.BytesIO()
+    _sheet(pairs).save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
 
 
 def _lists(found: dict[str, Tensor]) -> tuple[list[int], list[float]]:

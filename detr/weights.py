@@ -1,8 +1,6 @@
 """Weights from and for other code: official and Hugging Face checkpoints, our own, and torchvision backbones."""
 
-import argparse
 import json
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +10,13 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from detr import checkpoint
 from detr.config import Config
 from detr.model import DeformableDETR
+from detr.output import WRITTEN_BY, Folder, claim_file, make_parent, whole
+
+BY = "detr export"
+_HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # A tensor's name in another layout is found by applying these, in order, to its name in ours.
 _OFFICIAL = [(r"^backbone\.", "backbone.0.")]
@@ -111,7 +114,12 @@ def load_weights(model: DeformableDETR, path: str | Path, class_names: list[str]
         if not present:
             report.missing.append(key)
             continue
-        tensor = torch.cat([weights[name] for name in present[0]])
+        parts = [weights[name] for name in present[0]]
+        if any(part.dim() == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+            report.missing.append(key)
+            report.skipped.append(f"{present[0][0]} ({list(parts[0].shape)}, expected {list(current.shape)})")
+            continue
+        tensor = torch.cat(parts)
         if key.startswith("class_embed."):
             pairs = _class_pairs(key, len(tensor), source_names, class_names, model)
         elif key == "query_embed.weight":
@@ -171,61 +179,81 @@ def export_weights(model: DeformableDETR, path: str | Path, layout: str, class_n
         path: of the file (official) or folder (hf). class_names: in the order of labels.
     Returns:
         The path of the file with the weights.
+    Raises:
+        ValueError: as `convert_weights`. OutputError: a file is in the way that `detr export` did not write.
     """
     path = Path(path)
     weights = convert_weights(model, layout)
     if layout == "official":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": weights}, path)
+        claim_file(path, BY, _writer)
+        make_parent(path)
+        with whole(path) as file:
+            torch.save({"model": weights, WRITTEN_BY: BY}, file)
         return path
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(_hf_config(model.config, class_names), indent=2) + "\n")
-    file = path / "model.safetensors"
+    folder = Folder(path, BY)
+    folder.claim(("config.json", "model.safetensors"))
     # clones: the format refuses tensors that share memory
-    safetensors.torch.save_file(
-        {key: tensor.clone().contiguous() for key, tensor in weights.items()}, file, metadata={"format": "pt"}
-    )
-    return file
+    tensors = {key: tensor.clone().contiguous() for key, tensor in weights.items()}
+    config = json.dumps(_hf_config(model.config, class_names), indent=2) + "\n"
+    folder.write("config.json", config.encode())
+    folder.write("model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    return path / "model.safetensors"
+
+
+def _writer(path: Path) -> str | None:
+    """The command that a file of official weights says wrote it; None for every other file."""
+    try:
+        content = checkpoint.read(path)
+    except checkpoint.CheckpointError:
+        return None
+    return content.get(WRITTEN_BY) if isinstance(content, dict) else None
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """Tensors of a file, and the names of its classes if they stand in it or beside it."""
     if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
+        files = [path / name for name in _HF_FILES if (path / name).is_file()]
         if not files:
-            raise ValueError(f"{path}: expected model.safetensors or pytorch_model.bin in this folder, got neither")
+            raise ValueError(f"{path}: expected {' or '.join(_HF_FILES)} in this folder, got neither")
         path = files[0]
-    if not path.is_file():
-        raise ValueError(f"{path}: the file of weights is missing")
-    try:
-        if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            # the official files hold the command line of their training
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused: holds more than tensors and plain values, or is damaged") from None
-    except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not readable weights: {str(error).splitlines()[0]}") from None
+    content = _safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path)
     content = content if isinstance(content, dict) else {}
-    names = content.get("class_names") or _hf_class_names(path.with_name("config.json"))
+    names = content.get("class_names")
     # of our own checkpoints the averaged weights, if the run averaged them
-    weights = content["ema"] if "ema" in content and "class_names" in content else content.get("model", content)
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    key = "ema" if names is not None and "ema" in content else "model"
+    weights = content.get(key, content)
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: class_names: expected a list of names, got {names!r:.60}")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: {key}: expected a dict of tensors, got {weights!r:.60}")
+    weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
     # what a FLOP counter left in the official files, and a counter that frozen norms do not have
     ignored = ("total_ops", "total_params", "num_batches_tracked")
-    return {k: v for k, v in weights.items() if isinstance(v, Tensor) and not k.endswith(ignored)}, names
+    wanted = (k for k, v in weights.items() if checkpoint.is_plain(v) and v.is_floating_point())
+    tensors = {key: weights[key] for key in wanted if not key.endswith(ignored)}
+    return tensors, names or (_hf_class_names(path.with_name("config.json")) if path.name in _HF_FILES else None)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: the file is missing")
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, RuntimeError, ValueError, LookupError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not readable: {(str(error) or 'damaged').splitlines()[0]}") from None
 
 
 def _hf_class_names(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        labels = json.loads(path.read_text()).get("id2label", {})
-        return [labels[str(row)] for row in range(len(labels))] or None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: id2label: expected a name for each of 0, 1, ..., got {error!r}") from None
+        labels = json.loads(path.read_bytes()).get("id2label", {})
+        names = [labels[str(row)] for row in range(len(labels))]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: id2label: expected an object with a name for each of 0, 1, ...")
+    return names or None
 
 
 def _layout_of(weights: dict[str, Tensor], path: Path) -> str:

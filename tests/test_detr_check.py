@@ -134,15 +134,23 @@ def test_boxes_without_area_are_dropped_with_one_warning(tmp_path):
     assert all((image.boxes[:, 2:] > image.boxes[:, :2]).all() for image in split.images)
 
 
-def test_a_dataset_whose_boxes_all_have_no_area(tmp_path):
+@pytest.mark.parametrize(
+    ("box", "crowd", "message"),
+    [
+        ([1, 1, 0, 0], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
+        ([40.5, 1, 0.25, 9], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
+        ([1, 1, 9, 9], 1, r"of 1 boxes 1 are crowds \(iscrowd 1\), which are neither learned nor counted, and 0 have"),
+    ],
+)
+def test_a_dataset_without_a_box_that_counts(tmp_path, box, crowd, message):
     data = coco_files.content()
-    data["annotations"] = [{"id": 1, "image_id": 5, "category_id": 3, "bbox": [1, 1, 0, 0]}]
+    data["annotations"] = [{"id": 1, "image_id": 5, "category_id": 3, "bbox": box, "iscrowd": crowd}]
     json_path, image_dir = coco_files.write(tmp_path, data)
-    with (
-        pytest.raises(DataError, match="annotations: the dataset is empty"),
-        pytest.warns(UserWarning, match="1 box of"),
-    ):
+    with pytest.raises(DataError, match=f"{json_path}: annotations: the dataset is empty: {message}"):
         load_split(json_path, image_dir)
+    # one box that counts is enough
+    data["annotations"].append({"id": 2, "image_id": 5, "category_id": 3, "bbox": [1, 1, 9, 9]})
+    assert not any(problem.fatal for problem in check_annotations(data, "a.json"))
 
 
 def test_summary():

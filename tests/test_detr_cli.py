@@ -40,12 +40,14 @@ def test_the_files_of_a_run(data, run):
     names = {path.name for path in run.iterdir()}
     [events] = [name for name in names if name.startswith("events.out.tfevents")]
     assert names - {events} == {
-        *("config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "eval.json", "curves.png", "predictions.png")
+        *("config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "eval.json", "curves.png", "predictions.png"),
+        *(".detr-files.jsonl", ".detr-lock"),
     }
     record = json.loads((run / "config.json").read_text())
     config = Config.from_dict(record["config"])
     assert (config.name, config.d_model, config.image_size, config.batch_size, config.steps) == ("tiny", 32, 64, 2, 2)
-    assert record["data"] == {"data": str(data)}
+    assert record["data"].keys() == {"data", "content"} and record["data"]["data"] == str(data)
+    assert [record["data"]["content"][name]["images"] for name in ("train", "val")] == [6, 4]
     assert record["classes"] == {"1": "disc", "2": "square", "3": "triangle", "4": "star"}
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -109,9 +111,8 @@ def test_resume_of_a_finished_run_changes_nothing(run, capsys):
     out, error = capsys.readouterr()
     assert f"finished already, at step 2; to go on, start a run with --weights {run}/best.pt" in out
     assert "--resume continues the run as it was: lr cannot be changed" in error
-    for name in ("data", "out"):
-        assert main(["train", "--resume", str(run), f"--{name}", "elsewhere"]) == 1
-        assert f"--resume continues the run as it was: {name} cannot be changed" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--out", "elsewhere"]) == 1
+    assert "--resume continues the run as it was: out cannot be changed" in capsys.readouterr().err
     assert main(["train", "--resume", str(run), "--preset", "tiny"]) == 1
     assert "--resume continues the run as it was: preset cannot be changed" in capsys.readouterr().err
 
@@ -161,8 +162,9 @@ def test_a_real_backbone_from_random_weights_exported(data, tmp_path, capsys, mo
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     capsys.readouterr()
     assert main(["train", *arguments[:4], "--out", str(tmp_path / "b"), *small]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("detr train: error: pretrained_backbone: ") and error.count("\n") == 1
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("detr train: error: pretrained_backbone: ")
+    assert all(line.startswith("warning: few tokens: ") for line in warnings)
     # weights of a whole detector need no others
     assert main(["train", "--weights", str(exported), *arguments[:4], "--out", str(tmp_path / "b"), *small]) == 0
 
@@ -188,9 +190,12 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
             ["train", "--data", str(data), "--device", "abacus"],
             "--device: expected cpu, cuda, cuda:1, ..., got 'abacus'",
         ),
-        (["train", "--resume", str(tmp_path)], f"{tmp_path / 'checkpoint.pt'}: the checkpoint is missing"),
+        (["train", "--resume", str(tmp_path)], f"{tmp_path / 'checkpoint.pt'}: the file is missing"),
         (["train", "--resume", str(run), "--set", "lr=2"], "--resume continues the run as it was: lr=2"),
-        (["eval", "--data", str(data), "--checkpoint", str(json_path)], f"{json_path}: not a readable checkpoint"),
+        (
+            ["eval", "--data", str(data), "--checkpoint", str(json_path)],
+            f"{json_path}: refused: damaged, or of another program",
+        ),
         (["eval", "--data", str(data), "--checkpoint", best, "--split", "test"], "no json of the split 'test'"),
         (
             ["eval", "--data", str(other), "--checkpoint", best],

@@ -333,11 +333,11 @@ def write_foreign_head(path):
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("absent.pth", write_nothing, "absent.pth: the file of weights is missing"),
-        ("text.pth", write_text, "text.pth: refused: holds more than tensors and plain values, or is damaged"),
-        ("text.safetensors", write_text, "text.safetensors: not readable weights: "),
-        ("code.pth", write_code, "code.pth: refused: holds more than tensors and plain values, or is damaged"),
-        ("cut.pth", write_truncated, "cut.pth: not readable weights: "),
+        ("absent.pth", write_nothing, "absent.pth: the file is missing"),
+        ("text.pth", write_text, "text.pth: refused: damaged, or of another program"),
+        ("text.safetensors", write_text, "text.safetensors: not readable: "),
+        ("code.pth", write_code, "code.pth: refused: holds more than tensors and plain values"),
+        ("cut.pth", write_truncated, "cut.pth: not readable: "),
         (
             "other.pth",
             write_other_model,

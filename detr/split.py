@@ -1,0 +1,138 @@
+"""The images and boxes of one part of a dataset, whatever format they were read from."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_COLUMNS = {"boxes": np.float32, "labels": np.int64, "areas": np.float64, "crowd": np.bool_}
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """One image and its T boxes, those of zero area left out."""
+
+    image_id: int
+    path: Path
+    width: int
+    height: int
+    boxes: Tensor  # [T, 4] float32, x0, y0, x1, y1 in pixels, inside the image
+    labels: Tensor  # [T] int64 in 0..K-1
+    areas: Tensor  # [T] float64, square pixels; of the object where the json knows it, else of the box
+    crowd: Tensor  # [T] bool: a group, no target of training, ignored by the evaluation
+
+
+class Images(Sequence):
+    """Many `Annotated`, kept as a few arrays: a process that loads images is sent these, and not a tensor for each box.
+
+    boxes [N, 4], labels, areas and crowd [N] are those of all images, one after the other; image i has the rows
+    `ends[i - 1]` to `ends[i]`.
+    """
+
+    def __init__(self, images: Iterable[Annotated]) -> None:
+        images = list(images)
+        self.ids = [image.image_id for image in images]
+        self.paths = [str(image.path) for image in images]
+        self.sizes = np.array([(image.width, image.height) for image in images], np.int64).reshape(-1, 2)
+        self.ends = np.cumsum([len(image.labels) for image in images], dtype=np.int64)
+        for name, dtype in _COLUMNS.items():
+            parts = [np.asarray(getattr(image, name), dtype) for image in images]
+            empty = np.zeros((0, 4) if name == "boxes" else 0, dtype)
+            setattr(self, name, np.concatenate([empty, *parts]))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        rows = self.rows(i)
+        columns = {name: torch.from_numpy(getattr(self, name)[rows].copy()) for name in _COLUMNS}
+        width, height = self.sizes[i].tolist()
+        return Annotated(self.ids[i], Path(self.paths[i]), width, height, **columns)
+
+    def __iter__(self) -> Iterator[Annotated]:
+        return (self[i] for i in range(len(self)))
+
+    def rows(self, i: int) -> slice:
+        """Of the arrays: the boxes of image i."""
+        return slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The validated images and boxes of one json. Label k means the k-th of `categories`."""
+
+    json_path: Path
+    image_dir: Path
+    images: Sequence[Annotated]  # kept as `Images`
+    categories: dict[int, str]  # id in the json -> name, in the order of labels
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, Images):
+            object.__setattr__(self, "images", Images(self.images))
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.categories.values())
+
+    @property
+    def category_ids(self) -> list[int]:
+        return list(self.categories)
+
+    def content(self) -> dict[str, Any]:
+        """What a training on this split depends on, as a number and hashes: to see whether it changed.
+
+        Not in it are ids of images and boxes, where the dataset lies, and how its json is written. An image is known by
+        its path below the image folder, its size and the size of its file. The classes are `categories`.
+        """
+        images = self.images
+        names = [os.path.relpath(path, self.image_dir) for path in images.paths]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        rows = [images.rows(i) for i in order]
+
+        def column(name: str) -> bytes:
+            values = getattr(images, name)
+            return b"".join([values[:0].tobytes(), *(values[each].tobytes() for each in rows)])
+
+        counts = np.diff(images.ends, prepend=0)[order]
+        return {
+            "images": len(names),
+            "paths": _hash("\n".join(names[i] for i in order).encode()),
+            "order": _hash("\n".join(names).encode()),
+            "bytes": _hash(np.array([os.stat(images.paths[i]).st_size for i in order], np.int64).tobytes()),
+            "sizes": _hash(images.sizes[order].tobytes()),
+            "boxes": _hash(counts.tobytes(), column("boxes"), column("crowd")),
+            "labels": _hash(counts.tobytes(), column("labels")),
+        }
+
+
+_CHANGES = {
+    "paths": "images of other names",
+    "order": "the images in another order",
+    "bytes": "image files of other lengths",
+    "sizes": "images of other sizes in pixels",
+    "boxes": "other boxes",
+    "labels": "other labels",
+}
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How `now`, a `Split.content`, is not as `before`, in words; empty if it is."""
+    if before["images"] != now["images"]:  # the rest follows from it
+        return f"{now['images']} images instead of {before['images']}"
+    changed = [name for name in _CHANGES if before[name] != now[name]]
+    if "paths" in changed:
+        changed.remove("order")
+    return ", ".join(_CHANGES[name] for name in changed)
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
