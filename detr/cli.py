@@ -1,6 +1,7 @@
 """The command `detr`: synth, check-data, train, eval, predict, inspect, export."""
 
 import argparse
+import contextlib
 import sys
 import tempfile
 import traceback
@@ -53,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # whatever it is, the user gets one line
         text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         where = _keep_traceback(options)
-        return _complain(
-            options, f"{text} (a fault of detr: please report it, with the traceback in {where})", EX_SOFTWARE
-        )
+        return _complain(options, f"{text} (a fault of detr: please report it, with {where})", EX_SOFTWARE)
     finally:
         warnings.showwarning = shown
 
@@ -65,17 +64,21 @@ def _complain(options: argparse.Namespace, text: str, code: int) -> int:
     return code
 
 
-def _keep_traceback(options: argparse.Namespace) -> Path:
-    """Write the traceback of the exception that is handled to a new file: in the folder of the run, if there is one."""
+def _keep_traceback(options: argparse.Namespace) -> str:
+    """Write the traceback of the exception that is handled to a new file: in the folder of the run, if there is one.
+
+    Returns:
+        Words that name it.
+    """
     run = run_folder_of(options) if options.command == "train" else None
     folder = run if run and run.is_dir() and Folder(run, run_folder.BY).knows_any() else None
-    try:
-        number, name = tempfile.mkstemp(".txt", "detr-traceback-", folder, text=True)
-    except OSError:
-        number, name = tempfile.mkstemp(".txt", "detr-traceback-", text=True)
-    with open(number, "w") as file:
-        traceback.print_exc(file=file)
-    return Path(name)
+    for place in (folder, None):
+        with contextlib.suppress(OSError):
+            number, name = tempfile.mkstemp(".txt", "detr-traceback-", place, text=True)
+            with open(number, "w") as file:
+                traceback.print_exc(file=file)
+            return f"the traceback in {name}"
+    return "what you did: there is no room for its traceback"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -101,9 +101,14 @@ def _saved(program: torch.export.ExportedProgram, about: dict[str, str]) -> byte
 
 
 def _compiled(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
+    from torch._inductor.exc import InductorError
+
     buffer = io.BytesIO()
     options = {"aot_inductor.metadata": about}
-    torch._inductor.aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
+    except InductorError as error:  # its message goes on with advice for developers of PyTorch
+        raise ValueError(f"to: 'aoti': not compiled: {str(error).splitlines()[0]}") from error
     return buffer.getvalue()
 
 

@@ -257,7 +257,7 @@ def writable(folder: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise OutputError(f"{folder}: expected a folder to write to, and {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OutputError(f"{folder}: not written: no permission to write to {place}")
 
 
