@@ -1,13 +1,13 @@
 """Checkpoints: files that are whole or absent, safe to load, and carry all that a model needs to be used."""
 
 import argparse
+import dataclasses
 import pickle
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,11 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `read`, or it is no checkpoint of `detr train`; names the field.
     """
-    content = read(path)
+    return checked(read(path), path)
+
+
+def checked(content: Any, path: Path) -> dict[str, Any]:
+    """The content that was read from a file, after the checks of `load`."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: no checkpoint of `detr train`: expected a dict, got {type(content).__name__}")
     for name in KEYS:
@@ -169,10 +173,10 @@ def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config
 def model_of(content: dict[str, Any], path: Path) -> tuple[DeformableDETR, Config]:
     """The model in a loaded checkpoint, and its config, see `load_model`."""
     # the attention takes what this machine has, not what the training had
-    config = replace(config_of(content, path), backend="auto")
+    config = dataclasses.replace(config_of(content, path), backend="auto")
     weights = content.get("ema", content["model"])
     check_sizes(config, weights, len(content["class_names"]), path)
-    model = build_model(replace(config, pretrained_backbone=False), len(content["class_names"]))
+    model = build_model(dataclasses.replace(config, pretrained_backbone=False), len(content["class_names"]))
     load_weights(model, weights, path)
     return model, config
 
@@ -190,7 +194,7 @@ def check_sizes(config: Config, weights: dict[str, Tensor], num_classes: int, pa
             raise CheckpointError(f"{path}: config: {name}: {getattr(config, name)} does not fit the weights beside it")
     try:
         with torch.device("meta"):
-            model = build_model(replace(config, pretrained_backbone=False), num_classes)
+            model = build_model(dataclasses.replace(config, pretrained_backbone=False), num_classes)
     except RuntimeError:  # the bytes of a tensor cannot be counted
         raise CheckpointError(f"{path}: config: its sizes do not fit the weights beside it") from None
     _check_weights(model, weights, path)
@@ -220,7 +224,14 @@ def describe(content: dict[str, Any], model: DeformableDETR) -> str:
 
 
 def config_of(content: dict[str, Any], path: Path) -> Config:
-    """The config of a loaded checkpoint."""
+    """The config of a loaded checkpoint. A field that is absent is no default: the weights were made for some value.
+
+    Raises:
+        CheckpointError: a field is absent, unknown, of the wrong type or out of range.
+    """
+    for field in dataclasses.fields(Config):
+        if field.name not in content["config"]:
+            raise CheckpointError(f"{path}: config: {field.name}: not in the file")
     try:
         return Config.from_dict(content["config"])
     except ValueError as error:

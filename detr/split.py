@@ -126,11 +126,11 @@ _CHANGES = {
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """How `now`, a `Split.content`, is not as `before`, in words; empty if it is."""
-    if before["images"] != now["images"]:  # the rest follows from it
+    if before["images"] != now["images"]:
         return f"{now['images']} images instead of {before['images']}"
     changed = [name for name in _CHANGES if before[name] != now[name]]
-    if "paths" in changed:
-        changed.remove("order")
+    if "paths" in changed:  # the rest is compared in their order
+        return _CHANGES["paths"]
     return ", ".join(_CHANGES[name] for name in changed)
 
 

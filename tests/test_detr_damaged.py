@@ -1,0 +1,338 @@
+"""Checkpoints that are damaged or made by hand: one line that names file and field, and never a changed value."""
+
+import copy
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+
+from detr import checkpoint, resume
+from detr.checkpoint import CheckpointError
+from detr.cli import main
+from detr.data import find_split, load_split
+from detr.model import build_model
+from detr.trainer import Trainer
+from detr.weights import load_weights
+
+CPU = torch.device("cpu")
+torch.set_num_threads(1)  # test processes share the cores
+SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
+WRONG = [None, True, 7, -1, 1.5, math.inf, "x", b"x", [], [1], ["x", 2], {}, {"x": 1}, {1: "x"}, (), torch.zeros(3)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A dataset, and a run on it with averaged weights and scaled gradients, so that every field is in use."""
+    root = tmp_path_factory.mktemp("root")
+    assert main(["synth", str(root / "data"), "--train", "4", "--val", "2", "--size", "64"]) == 0
+    more = ["--steps", "2", "--ema", "0.9", "--amp", "fp16", "--device", "cpu"]
+    assert main(["train", "--data", str(root / "data"), "--out", str(root / "run"), *SMALL, *more]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def good(root):
+    return checkpoint.load(root / "run" / "checkpoint.pt")
+
+
+@pytest.fixture(scope="module")
+def trainer(root, good):
+    split = load_split(*find_split(root / "data", "train"))
+    return Trainer(checkpoint.config_of(good, root), split, CPU, fresh=False)
+
+
+def read_all(path, trainer, content=None):
+    """What `detr train --resume` reads of a checkpoint, or of its content."""
+    state = checkpoint.load(path) if content is None else checkpoint.checked(content, path)
+    resume.located(state.get("data"), {}, path)
+    config = checkpoint.config_of(state, path)
+    checkpoint.check_sizes(config, state["model"], len(state["class_names"]), path)
+    trainer.load_state(state, path)
+    return state
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def fields(state):
+    """(place, what is there) of every field, as deep as dicts and lists go, of tensors some."""
+    for key, value in state.items():
+        yield (key,), value
+    for key, value in state["config"].items():
+        yield ("config", key), value
+    for name in ("model", "ema"):
+        for key in list(state[name])[::40]:
+            yield (name, key), state[name][key]
+    for key in ("data", "train_images"):
+        if isinstance(state[key], dict):
+            yield from (((key, name), value) for name, value in state[key].items())
+    yield from ((("scaler", name), value) for name, value in state["scaler"].items())
+    optimizer = state["optimizer"]
+    yield from ((("optimizer", name), value) for name, value in optimizer.items())
+    yield from ((("optimizer", "state", 0, name), value) for name, value in optimizer["state"][0].items())
+    yield ("optimizer", "param_groups", 1), optimizer["param_groups"][1]
+    for name, value in optimizer["param_groups"][0].items():
+        yield ("optimizer", "param_groups", 0, name), value
+
+
+def changed(state, place, change):
+    """A copy of the dicts and lists of a state, one entry of it changed by `change(parent, key)`."""
+    state = dict(state)
+    parent = state
+    for key in place[:-1]:
+        parent[key] = copy.copy(parent[key])
+        parent = parent[key]
+    change(parent, place[-1])
+    return state
+
+
+# may be absent: only for people, or because older and newer versions of torch do not write them
+OPTIONAL = {("averaged",), ("data", "content"), ("metrics",)}
+
+
+def may_be_absent(place, good):
+    value = good
+    for key in place:
+        value = value[key]
+    group = place[:2] == ("optimizer", "param_groups") and len(place) == 4
+    return place in OPTIONAL or (group and place[3] not in checkpoint._OF_A_GROUP)
+
+
+def test_the_whole_file_is_read(root, good, trainer):
+    assert equal(read_all(root / "run" / "checkpoint.pt", trainer), good)
+    assert {place[0] for place, _ in fields(good)} == set(good)
+
+
+def test_each_field_absent(tmp_path, good, trainer):
+    for place, _ in fields(good):
+        if may_be_absent(place, good):
+            continue
+        with pytest.raises(CheckpointError) as error:
+            read_all(tmp_path / "a.pt", trainer, changed(good, place, lambda parent, key: parent.pop(key)))
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path / 'a.pt'}: ") and "\n" not in message, message
+        name = place[-1] if isinstance(place[-1], str) else place[-2]
+        assert name in message or place[0] in message, (place, message)
+
+
+def allowed(place, before, value) -> bool:
+    """Whether a value of this kind may stand at a place."""
+    if value is None and place in (("config", "steps"), ("config", "eval_steps")):
+        return True
+    kinds = {int: (int,), float: (int, float)}.get(type(before), (type(before),))
+    if before is None or isinstance(before, list | tuple | torch.Tensor):  # settings that torch leaves open
+        return before is None and place[0] in ("optimizer", "config")
+    return type(value) in kinds or place in (("scaler",),)
+
+
+def each_wrong_type(good):
+    for place, value in fields(good):
+        for wrong in WRONG:
+            if not equal(wrong, value) and not allowed(place, value, wrong):
+                yield place, wrong
+
+
+def refuse_each(cases, path, good, trainer):
+    before = copy.deepcopy(trainer.state())
+    for place, wrong in cases:
+        try:
+            read_all(path, trainer, changed(good, place, lambda parent, key, wrong=wrong: set_item(parent, key, wrong)))
+        except CheckpointError as error:
+            message = str(error)
+        else:
+            pytest.fail(f"accepted: {place}: {wrong!r}")
+        assert message.startswith(f"{path}: ") and "\n" not in message, message
+        known = (place[0], place[-1], "of another model")
+        assert any(str(name) in message for name in known), (place, wrong, message)
+    assert equal(trainer.state(), before)  # a file that is refused has changed nothing
+
+
+def set_item(parent, key, value):
+    parent[key] = value
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_each_field_of_each_wrong_type(tmp_path, good, trainer, every):
+    cases = list(each_wrong_type(good))
+    assert len(cases) > 1000
+    refuse_each(cases[::every], tmp_path / "a.pt", good, trainer)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("d_model", 10**9), ("d_model", 2**70), ("ffn_dim", 10**9), ("enc_layers", 10**5), ("dec_layers", 10**5),
+     ("n_levels", 10**5), ("n_queries", 10**12), ("enc_points", 10**6), ("dec_points", 2**40), ("n_heads", 32),
+     ("ffn_dim", 400_000)],
+)  # fmt: skip
+def test_sizes_beyond_the_weights_are_not_tried(tmp_path, good, capsys, field, value):
+    content = {key: good[key] for key in checkpoint.KEYS}
+    checkpoint.save(tmp_path / "a.pt", content | {"config": good["config"] | {field: value}})
+    assert main(["inspect", str(tmp_path / "a.pt"), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"detr inspect: error: {tmp_path / 'a.pt'}: ") and error.count("\n") == 1
+    assert field in error or "of another model" in error or "its sizes do not fit" in error
+
+
+def refused_or_the_same(path, good, trainer) -> bool:
+    """Whether a file is refused by one line; if it is not, it holds what it held."""
+    try:
+        state = read_all(path, trainer)
+    except CheckpointError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        return True
+    assert equal(state, good)
+    return False
+
+
+def damage(path, data, good, trainer, flips, cuts, seed):
+    generator = random.Random(seed)
+    refused = 0
+    for _ in range(flips):
+        flipped = bytearray(data)
+        # as often at the start, in the directory at the end and in the zip's headers as in the numbers
+        ends = [
+            data.find(b"PK\x03\x04", generator.randrange(len(data))) + generator.randrange(80),
+            -generator.randrange(1, 6000),
+        ]
+        flipped[generator.choice([generator.randrange(len(data)), generator.randrange(3000), *ends])] ^= (
+            1 << generator.randrange(8)
+        )
+        path.write_bytes(flipped)
+        refused += refused_or_the_same(path, good, trainer)
+    for _ in range(cuts):
+        path.write_bytes(data[: generator.randrange(len(data))])
+        assert refused_or_the_same(path, good, trainer)
+    return refused
+
+
+def test_flipped_bits_and_cut_files(tmp_path, root, good, trainer):
+    data = (root / "run" / "checkpoint.pt").read_bytes()
+    assert damage(tmp_path / "a.pt", data, good, trainer, flips=24, cuts=6, seed=0) >= 12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_many_flipped_bits_and_cut_files(tmp_path, root, good, trainer, seed):
+    data = (root / "run" / "checkpoint.pt").read_bytes()
+    assert damage(tmp_path / "a.pt", data, good, trainer, flips=200, cuts=20, seed=seed) >= 100
+
+
+def test_bytes_within_a_tensor(tmp_path, root, good, capsys):
+    """torch.load does not look at the checksums of its files."""
+    data = bytearray((root / "run" / "best.pt").read_bytes())
+    place = data.find(next(iter(good["ema"].values())).numpy().tobytes()[:64])
+    data[place : place + 64] = bytes(64)
+    (tmp_path / "best.pt").write_bytes(data)
+    torch.load(tmp_path / "best.pt", weights_only=True)
+    for arguments in (
+        ["inspect", str(tmp_path / "best.pt")],
+        ["eval", "--data", str(root / "data"), "--checkpoint", str(tmp_path / "best.pt")],
+        [
+            "predict",
+            str(root / "data" / "val"),
+            "--checkpoint",
+            str(tmp_path / "best.pt"),
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        ["export", "--checkpoint", str(tmp_path / "best.pt"), "--to", "onnx", "--out", str(tmp_path / "a.onnx")],
+        ["train", "--data", str(root / "data"), "--weights", str(tmp_path / "best.pt"), "--out", str(tmp_path / "run")],
+    ):
+        assert main(arguments) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"{tmp_path / 'best.pt'}: not readable: damaged: the checksum of " in line
+
+
+def test_a_file_that_was_saved_again_is_valid(tmp_path, root, good, trainer):
+    torch.save(good, tmp_path / "a.pt")
+    assert equal(read_all(tmp_path / "a.pt", trainer), good)
+
+
+@pytest.mark.parametrize("name", ["config", "model", "optimizer", "data", "best_ap", "sums"])
+def test_resume_says_it_in_one_line(tmp_path, root, good, capsys, name):
+    shutil.copytree(root / "run", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    for state in ({k: v for k, v in good.items() if k != name}, good | {name: ["x"]}):
+        checkpoint.save(path, state)
+        before = path.read_bytes()
+        assert main(["train", "--resume", str(tmp_path / "run"), "--device", "cpu"]) == 1
+        line = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+        assert len(line) == 1 and line[0].startswith(f"detr train: error: {path}: {name}")
+        assert path.read_bytes() == before
+
+
+def hugging_face(folder, config):
+    import safetensors.torch
+
+    folder.mkdir()
+    safetensors.torch.save_file({"model.level_embed": torch.zeros(3, 64)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+
+
+FILES = {
+    "empty.pth": lambda path: path.write_bytes(b""),
+    "text.pth": lambda path: path.write_text("not a checkpoint\n" * 50),
+    "zeros.pth": lambda path: path.write_bytes(bytes(1000)),
+    "cut zip.pth": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "empty zip.pth": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
+    "empty.safetensors": lambda path: path.write_bytes(b""),
+    "header.safetensors": lambda path: path.write_bytes(b"\xff" * 8 + b"{}"),
+    "list.pth": lambda path: torch.save([1, 2], path),
+    "number.pth": lambda path: torch.save(5, path),
+    "tensor.pth": lambda path: torch.save(torch.zeros(3), path),
+    "model.pth": lambda path: torch.save({"model": 5}, path),
+    "keys.pth": lambda path: torch.save({1: torch.zeros(3), None: torch.zeros(3)}, path),
+    "scalar.pth": lambda path: torch.save({"backbone.stem.0.weight": torch.tensor(1.0)}, path),
+    "integers.pth": lambda path: torch.save({"backbone.stem.0.weight": torch.ones(9, dtype=torch.int64)}, path),
+    "names.pth": lambda path: torch.save({"model": {"backbone.x": torch.zeros(1)}, "class_names": 5}, path),
+    "ema.pth": lambda path: torch.save({"model": {"a": torch.zeros(1)}, "ema": "x", "class_names": ["a"]}, path),
+    "sparse.pth": lambda path: torch.save({"backbone.stem.0.weight": torch.zeros(2, 2).to_sparse()}, path),
+    "meta.pth": lambda path: torch.save({"backbone.stem.0.weight": torch.zeros(2, device="meta")}, path),
+    "folder": lambda path: path.mkdir(),
+    "list of labels": lambda path: hugging_face(path, {"id2label": ["a", "b"]}),
+    "numbers of labels": lambda path: hugging_face(path, {"id2label": {"0": 1, "1": 2}}),
+    "labels from 1": lambda path: hugging_face(path, {"id2label": {"1": "a", "2": "b"}}),
+    "a list": lambda path: hugging_face(path, []),
+    "text": lambda path: hugging_face(path, "{"),
+    "other text": lambda path: hugging_face(path, '{"id2label": ' * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_for_weights(tmp_path, root, good, capsys, name):
+    FILES[name](tmp_path / name)
+    data, out = str(root / "data"), str(tmp_path / "run")
+    assert main(["train", "--data", data, "--weights", str(tmp_path / name), "--out", out, "--steps", "1", *SMALL]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith(f"detr train: error: {tmp_path / name}"), lines
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_flipped_bits_in_weights(tmp_path, root, good, legacy):
+    """A file of torch 1.5 has no checksums: it may be read with other numbers, but never ends in a traceback."""
+    weights = {key: good["model"][key] for key in list(good["model"])[:6]}
+    path = tmp_path / "a.pth"
+    torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
+    data, generator, refused = path.read_bytes(), random.Random(0), 0
+    model = build_model(checkpoint.config_of(good, path), 4)
+    for _ in range(60):
+        flipped = bytearray(data)
+        flipped[generator.randrange(min(len(data), 3000))] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            load_weights(model, path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error), error
+    assert refused > 10

@@ -1,0 +1,290 @@
+"""A run goes on with the data that it began with, wherever that lies now, and with no other unless it is told to."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from detr import checkpoint
+from detr.cli import main
+from detr.data import find_split, load_split
+from detr.output import MANIFEST
+from detr.split import Images, difference
+
+torch.set_num_threads(1)  # test processes share the cores
+SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A dataset, and a run that stopped after two of four steps."""
+    root = tmp_path_factory.mktemp("original")
+    assert main(["synth", str(root / "data"), "--train", "5", "--val", "3", "--size", "64"]) == 0
+    assert main(["train", "--data", str(root / "data"), "--out", str(root / "run"), "--steps", "2", *SMALL]) == 0
+    state = checkpoint.load(root / "run" / "checkpoint.pt")
+    state["config"]["steps"] = 4
+    torch.save(state, root / "run" / "checkpoint.pt")
+    return root
+
+
+@pytest.fixture
+def work(original, tmp_path):
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    state["data"]["data"] = str(tmp_path / "data")
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    return tmp_path
+
+
+def resume(work, *flags):
+    return main(["train", "--resume", str(work / "run"), "--device", "cpu", *map(str, flags)])
+
+
+def steps_done(work):
+    return checkpoint.load(work / "run" / "checkpoint.pt")["steps_done"]
+
+
+def edit(work, split, change):
+    path = work / "data" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def last_line(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def swap_names(content):
+    first, second, *_ = content["categories"]
+    first["name"], second["name"] = second["name"], first["name"]
+
+
+def renumber(content):
+    """The first class is called and numbered as the second, and the other way round: labels change their meaning."""
+    first, second, *_ = content["categories"]
+    first["id"], second["id"] = second["id"], first["id"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = {1: 2, 2: 1}.get(annotation["category_id"], annotation["category_id"])
+
+
+def add_class(content):
+    content["categories"].append({"id": 9, "name": "ghost"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap_names, "category 1: name: expected 'disc', got 'square': classes must be those of the training"),
+        (renumber, "category 2: name: expected 'square', got 'disc': classes must be those of the training"),
+        (add_class, "category 9: name: expected no such category, got 'ghost': classes must be those of the training"),
+    ],
+)
+@pytest.mark.parametrize("accept", [[], ["--accept-changed-data"]])
+def test_other_classes_are_refused(work, capsys, change, message, accept):
+    before = (work / "run" / "checkpoint.pt").read_bytes()
+    for split in ("train", "val"):
+        edit(work, split, change)
+    assert resume(work, *accept) == 1
+    assert last_line(capsys) == f"detr train: error: {work}/data/instances_train.json: {message}"
+    assert (work / "run" / "checkpoint.pt").read_bytes() == before
+    # and where the data was moved besides
+    shutil.move(work / "data", work / "moved")
+    assert resume(work, *accept) == 1
+    assert f"{work}/data: the dataset of this run is no longer there: say where it is now with --data" in last_line(
+        capsys
+    )
+    assert resume(work, "--data", work / "moved", *accept) == 1
+    assert last_line(capsys) == f"detr train: error: {work}/moved/instances_train.json: {message}"
+
+
+def move_a_box(work):
+    edit(work, "train", lambda content: content["annotations"][0]["bbox"].__setitem__(0, 1.5))
+
+
+def change_a_label(work):
+    def change(content):
+        annotation = content["annotations"][1]
+        annotation["category_id"] = annotation["category_id"] % 4 + 1
+
+    edit(work, "val", change)
+
+
+def make_a_crowd(work):
+    edit(work, "val", lambda content: content["annotations"][0].update(iscrowd=1))
+
+
+def reorder(work):
+    edit(work, "train", lambda content: content["images"].reverse())
+
+
+def replace_an_image(work):
+    (work / "data" / "train" / "000001.jpg").write_bytes((work / "data" / "train" / "000002.jpg").read_bytes())
+
+
+def rename_an_image(work):
+    (work / "data" / "val" / "000001.jpg").rename(work / "data" / "val" / "other.jpg")
+    edit(work, "val", lambda content: content["images"][1].update(file_name="other.jpg"))
+
+
+def enlarge_an_image(work):
+    path = work / "data" / "val" / "000000.jpg"
+    Image.open(path).resize((80, 80)).save(path)
+    edit(work, "val", lambda content: content["images"][0].update(width=80, height=80))
+
+
+def drop_an_image(split):
+    def change(content):
+        last = content["images"].pop()
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != last["id"]]
+
+    return lambda work: edit(work, split, change)
+
+
+CHANGES = {
+    "a box": (move_a_box, "train: other boxes"),
+    "a label": (change_a_label, "val: other labels"),
+    "a crowd": (make_a_crowd, "val: other boxes"),
+    "the order": (reorder, "train: the images in another order"),
+    "an image": (replace_an_image, "train: image files of other lengths"),
+    "a name": (rename_an_image, "val: images of other names"),
+    "a size": (enlarge_an_image, "val: image files of other lengths, images of other sizes in pixels"),
+    "one training image less": (drop_an_image("train"), "train: 4 images instead of 5"),
+    "one validation image less": (drop_an_image("val"), "val: 2 images instead of 3"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_data_is_refused_and_can_be_accepted(work, capsys, name):
+    change, message = CHANGES[name]
+    path = work / "run" / "checkpoint.pt"
+    before = path.read_bytes()
+    change(work)
+    assert resume(work) == 1
+    text = f"{path}: the data is not what this run began with: {message}"
+    assert last_line(capsys) == f"detr train: error: {text}; --accept-changed-data goes on all the same"
+    assert path.read_bytes() == before
+    if name not in ("a box", "an image", "one training image less", "one validation image less"):
+        return
+    assert resume(work, "--accept-changed-data") == 0 and steps_done(work) == 4
+    assert f"warning: {text}\n" in capsys.readouterr().err
+    # from here on this is its data
+    assert resume(work) == 0
+    assert "the data is not" not in capsys.readouterr().err
+
+
+def test_what_is_no_change(work, capsys):
+    """Another way to write the json, other ids of images and boxes, other annotations of annotations."""
+
+    def rewrite(content):
+        for entry in content["images"]:
+            entry |= {"id": entry["id"] + 1000, "license": 3}
+        for annotation in content["annotations"]:
+            annotation |= {"image_id": annotation["image_id"] + 1000, "id": annotation["id"] + 7, "segmentation": []}
+        content["info"] = "new"
+
+    for split in ("train", "val"):
+        edit(work, split, rewrite)
+        path = work / "data" / f"instances_{split}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    (work / "data" / "train" / "unused.jpg").touch()
+    assert resume(work) == 0 and steps_done(work) == 4
+    assert "warning: " not in "".join(line for line in capsys.readouterr().err.splitlines() if "not as in" not in line)
+
+
+def test_moved_data(work, monkeypatch, capsys):
+    shutil.move(work / "data", work / "elsewhere")
+    assert resume(work, "--data", work / "nowhere") == 1
+    assert f"{work}/nowhere: the dataset of this run is no longer there" in last_line(capsys)
+    monkeypatch.chdir(work / "elsewhere")
+    assert resume(work, "--data", ".") == 0 and steps_done(work) == 4
+    # and it remembers where
+    monkeypatch.chdir("/")
+    assert resume(work) == 0
+    assert checkpoint.load(work / "run" / "checkpoint.pt")["data"]["data"] == str(work / "elsewhere")
+
+
+def test_a_relative_path_from_another_directory(original, tmp_path, monkeypatch):
+    shutil.copytree(original / "data", tmp_path / "project" / "data")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert main(["train", "--data", "data", "--out", "runs/a", "--steps", "2", *SMALL]) == 0
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["train", "--resume", "../project/runs/a", "--device", "cpu"]) == 0
+    # runs of the first version kept what was typed: found above the run
+    path = tmp_path / "project" / "runs" / "a" / "checkpoint.pt"
+    state = checkpoint.load(path)
+    state["data"]["data"] = "data"
+    torch.save(state, path)
+    assert main(["train", "--resume", "../project/runs/a", "--device", "cpu"]) == 0
+
+
+def test_a_run_without_a_record_of_its_data(work, capsys):
+    path = work / "run" / "checkpoint.pt"
+    state = checkpoint.load(path)
+    del state["data"]["content"]
+    torch.save(state, path)
+    (work / "run" / MANIFEST).unlink()
+    assert resume(work) == 0 and steps_done(work) == 4
+    assert f"warning: {path}: has no record of its data" in capsys.readouterr().err
+    state = checkpoint.load(path)
+    assert state["data"]["content"]["train"]["images"] == 5
+    del state["data"]["content"]
+    torch.save(state, path)
+    edit(work, "train", swap_names)
+    edit(work, "val", swap_names)
+    assert resume(work) == 1
+    assert "category 1: name: expected 'disc', got 'square'" in last_line(capsys)
+
+
+def test_broken_lines_of_metrics(work):
+    path = work / "run" / "metrics.jsonl"
+    lines = path.read_bytes()
+    path.write_bytes(lines + b"\xff\xfe\n" + b"[]\n" + b'{"step": "x"}\n' + b"{}\n" + b"\n" + b'{"step": 2, "los')
+    assert resume(work) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert path.read_bytes().startswith(lines) and [row["step"] for row in rows] == [2, 2, 4, 4]
+
+
+def test_accept_is_for_a_resume(work, capsys):
+    arguments = ["train", "--data", str(work / "data"), "--accept-changed-data", "--out", str(work / "new"), *SMALL]
+    assert main(arguments) == 1
+    assert "--accept-changed-data: expected --resume beside it" in last_line(capsys)
+
+
+def test_files_of_somebody_else_in_the_folder_of_a_checkpoint(work, capsys):
+    """A checkpoint that was copied beside other files is continued there only if none of them is in the way."""
+    (work / "new").mkdir()
+    shutil.copy(work / "run" / "checkpoint.pt", work / "new")
+    (work / "new" / "config.json").write_text('{"mine": 1}')
+    assert main(["train", "--resume", str(work / "new"), "--device", "cpu"]) == 1
+    assert f"{work}/new/config.json: is there already" in last_line(capsys)
+    assert (work / "new" / "config.json").read_text() == '{"mine": 1}'
+    (work / "new" / "config.json").unlink()
+    assert main(["train", "--resume", str(work / "new"), "--device", "cpu"]) == 0
+
+
+def test_the_content_of_a_split(work):
+    split = load_split(*find_split(work / "data", "train"))
+    content = split.content()
+    assert difference(content, content) == ""
+    assert content == load_split(*find_split(work / "data", "train")).content()
+    # kept as arrays, given as images
+    images = list(split.images)
+    random.Random(0).shuffle(images)
+    again = Images(images)
+    assert [image.image_id for image in again] == [image.image_id for image in images]
+    for ours, theirs in zip(again, images, strict=True):
+        for name in ("boxes", "labels", "areas", "crowd"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+        assert (ours.path, ours.width, ours.height) == (Path(theirs.path), theirs.width, theirs.height)
+    assert again[-1].image_id == images[-1].image_id and len(again[1:3]) == 2
+    with pytest.raises(IndexError):
+        again[len(images)]
+    # what one gives is a copy
+    again[0].boxes.zero_()
+    assert again[0].boxes.any()
