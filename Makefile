@@ -18,8 +18,9 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# what takes too long for every change: every kernel for every target, and many random calls
+# what takes too long for every change: long sweeps, every kernel for every target, and many random calls
 test-all: test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 	TRITON_INTERPRET=0 $(BIN)/python -m benchmarks.compile_table
 	$(BIN)/python -m tests.fuzz --backend torch --calls 10000
 	$(BIN)/python -m tests.fuzz --backend triton --calls 1500
