@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _complain(options: argparse.Namespace, text: str, code: int) -> int:
-    print(f"detr {options.command}: {text}", file=sys.stderr)
+    # the name of a file may hold a line break
+    print(f"detr {options.command}: {text}".replace("\n", "\\n"), file=sys.stderr)
     return code
 
 
