@@ -42,6 +42,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing") from None
+    except RecursionError:
+        raise DataError(f"{path}: not a dataset: its lists are nested too deep") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno} column {error.colno}: not json: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -285,9 +287,11 @@ def _check_objects(data: dict[str, Any], file: str) -> Iterator[Problem]:
 
 
 def _has_area(box: list[float], image: dict[str, Any]) -> bool:
-    x, y, width, height = box
-    inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
-    return width > 0 and height > 0 and inside
+    # as detr.data makes corners of it: a width may be too small to count beside x
+    x, y, width, height = map(float, box)
+    columns = min(x + width, image["width"]) - max(x, 0)
+    rows = min(y + height, image["height"]) - max(y, 0)
+    return columns > 0 and rows > 0
 
 
 def _climbs_out(file_name: str) -> bool:

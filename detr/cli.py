@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from detr.evaluate import evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError, read_image
 from detr.output import Folder, OutputError, claim_file, json_of, picture_of, write_file
-from detr.postprocess import best_of_each_query
+from detr.postprocess import NotFiniteError, best_of_each_query
 from detr.predict import find_images, load_pixels, predict
 from detr.sampling import draw_sampling_points, sampling_points
 from detr.synth import write_dataset
@@ -41,11 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
         traceback is in a file), 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
-    shown = warnings.showwarning
+    shown, of_threads = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    # the one of TensorBoard finds the disk full, for example
+    threading.excepthook = lambda thread: print(
+        f"warning: {thread.exc_type.__name__}: {thread.exc_value}", file=sys.stderr
+    )
     try:
         return options.run(options)
-    except (DataError, CheckpointError, OutputError, TrainingError, ProcessError, OSError) as error:
+    except (DataError, CheckpointError, OutputError, TrainingError, NotFiniteError, ProcessError, OSError) as error:
         return _complain(options, f"error: {error}", 1)
     except torch.OutOfMemoryError as error:
         return _complain(options, f"error: {str(error).splitlines()[0]} Fewer images at once need less", 1)
@@ -56,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         where = _keep_traceback(options)
         return _complain(options, f"{text} (a fault of detr: please report it, with {where})", EX_SOFTWARE)
     finally:
-        warnings.showwarning = shown
+        warnings.showwarning, threading.excepthook = shown, of_threads
 
 
 def _complain(options: argparse.Namespace, text: str, code: int) -> int:

@@ -9,6 +9,15 @@ BACKENDS = ("auto", "triton", "torch", "inductor")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
+def short(value: Any) -> str:
+    """A value for a message, in a few characters of one line: a number, a text, or else what kind of thing it is."""
+    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**63):
+        return repr(value)
+    if isinstance(value, str | bytes):
+        return repr(value) if len(value) <= 60 else repr(value[:57]) + "..."
+    return "an integer beyond 64 bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
 @dataclass(frozen=True)
 class Config:
     """Model, loss, data and training of one run. The defaults are Deformable DETR's (arXiv 2010.04159, section 5)."""
@@ -144,12 +153,13 @@ class Config:
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         for name, value in values.items():
             if name not in fields:
-                raise ValueError(f"config: unknown field {name!r}; known: {', '.join(fields)}")
+                raise ValueError(f"config: unknown field {short(name)}; known: {', '.join(fields)}")
             allowed = {float: (float, int), int | None: (int, type(None))}.get(fields[name], (fields[name],))
             # a bool is an int to isinstance
-            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
+            if wrong or (isinstance(value, int) and abs(value) >= 2**63):
                 expected = " or ".join(kind.__name__ for kind in allowed)
-                raise ValueError(f"config: {name}: expected {expected}, got {value!r}")
+                raise ValueError(f"config: {name}: expected {expected}, got {short(value)}")
         return cls(**values)
 
 

@@ -1,6 +1,7 @@
 """A whole run: steps, evaluations and checkpoints, from a trainer to a full run directory."""
 
 import contextlib
+import json
 import math
 import platform
 import sys
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from detr import checkpoint, distributed
+from detr import checkpoint, distributed, run_folder
 from detr.evaluate import STATS, coco_metrics, detect, per_class_table
+from detr.output import Folder
 from detr.progress import progress
-from detr.record import Record, image_ids, keep_batches, stop_on_signal, write_json
+from detr.record import Record, image_ids, keep_batches, stop_on_signal
 from detr.trainer import Batch, Trainer, TrainingError
 from detr.visualize import draw_predictions, plot_curves
 
@@ -40,17 +42,17 @@ def train(trainer: Trainer, val: DataLoader, out: Path, data: dict[str, Any]) ->
         The final metrics (`detr.evaluate.coco_metrics`), or None if the run was interrupted.
 
     Raises:
-        TrainingError: too many losses are not finite, or too many images cannot be read. CheckpointError: a checkpoint
-        cannot be written.
+        TrainingError: too many losses are not finite, or too many images cannot be read. OutputError: a file cannot be
+        written, or another than the run's is in its place (`detr.run_folder` sees to it that none is at the start).
     """
     main = distributed.is_main()
     if main:
-        out.mkdir(parents=True, exist_ok=True)
+        folder = Folder(out, run_folder.BY)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         classes = {str(i): name for i, name in trainer.split.categories.items()}
         description = {"config": trainer.config.to_dict(), "data": data, "classes": classes, "versions": versions}
-        write_json(out / "config.json", description)
-    record = Record(out, trainer.steps_done, data.get("wandb"), trainer.config.to_dict()) if main else None
+        folder.write("config.json", _json(description))
+    record = Record(folder, trainer.steps_done, data.get("wandb"), trainer.config.to_dict()) if main else None
     evaluated = None
     bar = progress(
         total=trainer.total_steps, initial=trainer.steps_done, desc="training", unit="step", disable=not main
@@ -82,17 +84,17 @@ def train(trainer: Trainer, val: DataLoader, out: Path, data: dict[str, Any]) ->
                     aps = f"step {trainer.steps_done}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}"
                     bar.write(aps, sys.stderr)
                 if main and better:
-                    checkpoint.save(out / "best.pt", trainer.weights() | {"metrics": metrics, "data": data})
+                    checkpoint.save(folder.own("best.pt"), trainer.weights() | {"metrics": metrics, "data": data})
             due = trainer.stopping or evaluated or time.perf_counter() - saved > CHECKPOINT_SECONDS
             if main and due:
-                checkpoint.save(out / "checkpoint.pt", trainer.state() | {"data": data})
+                checkpoint.save(folder.own("checkpoint.pt"), trainer.state() | {"data": data})
                 saved = time.perf_counter()
             mark = time.perf_counter()
             if trainer.stopping or trainer.finished:
                 break
 
     if main:
-        plot_curves(out / "metrics.jsonl", out / "curves.png")
+        folder.write("curves.png", plot_curves(out / "metrics.jsonl"))
     if not trainer.finished:
         distributed.wait()  # for the checkpoint
         return None
@@ -100,11 +102,15 @@ def train(trainer: Trainer, val: DataLoader, out: Path, data: dict[str, Any]) ->
     detections, metrics, table = evaluated or _validate(trainer, val)
     metrics |= {"step": trainer.steps_done, "best_AP": trainer.best_ap}
     if main:
-        write_json(out / "eval.json", metrics)
-        draw_predictions(val.dataset.split, detections, metrics, out / "predictions.png")
+        folder.write("eval.json", _json(metrics))
+        folder.write("predictions.png", draw_predictions(val.dataset.split, detections, metrics))
         print(table, per_class_table(metrics), sep="\n")
     distributed.wait()
     return metrics
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _report_skipped(trainer: Trainer, batches: list[Batch], loss: float, out: Path) -> None:

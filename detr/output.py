@@ -6,6 +6,7 @@ says in its content which command wrote it.
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
@@ -20,7 +21,8 @@ from PIL import Image, PngImagePlugin
 
 MANIFEST = ".detr-files.jsonl"  # a line for each file: its name in the folder, the sha256 of its bytes, the command
 WRITTEN_BY = "written_by"  # the key of a json object, or of a text chunk of a PNG, that names the command
-_TEMPORARY = ".detr-{}.tmp"
+_TEMPORARY = ".detr-{name}-{pid}-{count}.tmp"
+_EXIF_SOFTWARE = 0x0131
 _count = itertools.count()
 
 
@@ -55,6 +57,19 @@ class _Sink:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the operating system becomes one that names the file that is written.
+
+    Raises:
+        OutputError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: not written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def whole(path: Path, durable: bool = False) -> Iterator[_Sink]:
     """A file to `write` bytes to, which takes the place of `path` when all of them are written.
 
@@ -65,15 +80,15 @@ def whole(path: Path, durable: bool = False) -> Iterator[_Sink]:
         OutputError: the disk is full, or the folder cannot be written to. What was at `path` is still there.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
-    temporary = path.with_name(_TEMPORARY.format(f"{os.getpid()}-{next(_count)}"))
+    name = _TEMPORARY.format(name=path.name[:40], pid=os.getpid(), count=next(_count))
+    temporary = path.with_name(name)
     try:
-        with temporary.open("wb") as file:
-            sink = _Sink(file)
-            yield sink
-            sink.close(durable)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: not written: {_reason(error)}") from error
+        with naming(path):
+            with temporary.open("wb") as file:
+                sink = _Sink(file)
+                yield sink
+                sink.close(durable)
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -85,10 +100,12 @@ def write_whole(path: Path, content: bytes, durable: bool = False) -> None:
         file.write(content)
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left in `folder`. No process may be writing there."""
-    for path in folder.glob(_TEMPORARY.format("*")):
-        path.unlink(missing_ok=True)
+def remove_temporary(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a process that was killed while it wrote has left. No other process may be writing these files."""
+    for name in names:
+        for path in folder.glob(_TEMPORARY.format(name=glob.escape(name[:40]), pid="[0-9]*", count="[0-9]*")):
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 class Folder:
@@ -109,8 +126,11 @@ class Folder:
             raise OutputError(f"{path}: expected a folder to write to, found a file")
         self.path, self.by = path, by
         self._own: dict[str, set[str | None]] = {}
-        for name, lines in _manifest(path).items():
-            self._own[name] = {digest for digest, writer in lines if writer == by}
+        self._read()
+
+    def _read(self) -> None:
+        for name, lines in _manifest(self.path).items():
+            self._own[name] = {digest for digest, writer in lines if writer == self.by}
 
     def knows_any(self) -> bool:
         """Whether the command has written to this folder before."""
@@ -126,6 +146,9 @@ class Folder:
         for name in names:
             path = self.path / name
             if os.path.lexists(path) and not self._is_own(name, path):
+                self._read()  # another process of the command may have written it just now
+                if self._is_own(name, path):
+                    continue
                 raise _not_ours(path, self.by, f"was changed after `{self.by}` wrote it" if self._own.get(name) else "")
 
     def note(self, name: str, digest: str | None) -> None:
@@ -134,16 +157,22 @@ class Folder:
             return
         line = json.dumps({"file": name, "sha256": digest, "by": self.by}) + "\n"
         path = self.path / MANIFEST
-        try:
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputError(f"{path}: expected the list of files that detr writes, found something else")
+        with naming(path):
             self.path.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
                 file.seek(max(0, file.tell() - 1))
                 # a process that was killed may have left half a line
                 broken = file.read(1) not in (b"", b"\n")
                 file.write(("\n" if broken else "").encode() + line.encode())
-        except OSError as error:
-            raise OutputError(f"{path}: not written: {_reason(error)}") from error
         self._own[name].add(digest)
+
+    def own(self, name: str) -> Path:
+        """The path of a file that the command is about to write or add to by itself, whatever bytes it will have."""
+        self.claim([name])
+        self.note(name, None)
+        return self.path / name
 
     def write(self, name: str, content: bytes) -> None:
         """Write one file, see `whole` and `claim`."""
@@ -163,18 +192,23 @@ class Written:
     """Which files are results of ours: found by the manifests of their folders."""
 
     def __init__(self) -> None:
-        self._manifests: dict[Path, dict[str, list[tuple[str | None, str]]]] = {}
+        # folder -> command by the name of a file, and by the sha256 of one
+        self._commands: dict[Path, tuple[dict[str, str], dict[str, str]]] = {}
 
     def by(self, path: Path) -> str | None:
-        """The command that wrote these bytes to this file, or None."""
-        path = Path(os.path.abspath(path))
+        """The command that wrote this file, whatever it is called now, or None."""
+        path = Path(os.path.realpath(path))
         for folder in path.parents:
-            if folder not in self._manifests:
-                self._manifests[folder] = _manifest(folder)
-            name = path.relative_to(folder).as_posix()
-            for digest, writer in self._manifests[folder].get(name, ()):
-                if digest is None or digest == _digest(path):
-                    return writer
+            if folder not in self._commands:
+                lines = [(name, *line) for name, lines in _manifest(folder).items() for line in lines]
+                by_name = {name: writer for name, digest, writer in lines if digest is None}
+                by_digest = {digest: writer for _, digest, writer in lines if digest is not None}
+                self._commands[folder] = by_name, by_digest
+            by_name, by_digest = self._commands[folder]
+            writer = by_name.get(path.relative_to(folder).as_posix())
+            writer = writer or (by_digest.get(_digest(path)) if by_digest else None)
+            if writer:
+                return writer
         return None
 
 
@@ -207,7 +241,7 @@ def json_of(content: dict[str, Any], by: str) -> bytes:
 
 
 def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
-    """An image file of the format that `suffix` names; a PNG says who wrote it.
+    """An image file of the format that `suffix` names; a PNG, JPEG or WebP says who wrote it.
 
     Raises:
         OutputError: Pillow writes no format by this name.
@@ -219,31 +253,32 @@ def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
     if format == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_text(WRITTEN_BY, by)
+    elif format in ("JPEG", "WEBP"):
+        options["exif"] = Image.Exif()
+        options["exif"][_EXIF_SOFTWARE] = by
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def writer_of(path: Path) -> str | None:
-    """The command that a json or PNG file says wrote it; None for every other file."""
+    """The command that a json file or a picture says wrote it; None for every other file."""
     try:
         with path.open("rb") as file:
-            start = file.read(8)
-        if start.startswith(b"\x89PNG"):
-            with Image.open(path) as image:
-                return image.info.get(WRITTEN_BY)
-        content = json.loads(path.read_bytes()) if start.lstrip().startswith(b"{") else {}
-        return content.get(WRITTEN_BY)
-    except (OSError, ValueError, SyntaxError, RecursionError):
+            start = file.read(8).lstrip()
+        if start.startswith(b"{"):
+            content = json.loads(path.read_bytes())
+            return content.get(WRITTEN_BY)
+        with Image.open(path) as image:
+            return image.info.get(WRITTEN_BY) or image.getexif().get(_EXIF_SOFTWARE)
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
         return None
 
 
 def make_parent(path: Path) -> None:
     """The folder that `path` lies in, and those above it."""
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: not written: {_reason(error)}") from error
 
 
 def writable(folder: Path) -> None:
@@ -268,21 +303,20 @@ def _not_ours(path: Path, by: str, why: str = "") -> OutputError:
 
 def _manifest(folder: Path) -> dict[str, list[tuple[str | None, str]]]:
     """Name -> (sha256, command) of the files in a folder that commands wrote; lines that are broken are left out."""
+    path = folder / MANIFEST
     try:
-        lines = (folder / MANIFEST).read_bytes().splitlines()
+        lines = path.read_bytes().splitlines() if path.is_file() else []
     except OSError:
-        return {}
+        lines = []
     found = defaultdict(list)
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             entry = json.loads(line)
-            found[entry["file"]].append((entry["sha256"], entry["by"]))
+            name, digest, writer = entry["file"], entry["sha256"], entry["by"]
+            if isinstance(name, str) and isinstance(digest, str | None) and isinstance(writer, str):
+                found[name].append((digest, writer))
     return found
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -6,6 +6,10 @@ from torch import Tensor
 from detr.boxes import cxcywh_to_xyxy
 
 
+class NotFiniteError(ValueError):
+    """The outputs of a model are not numbers."""
+
+
 def postprocess(outputs: dict, orig_sizes: Tensor, top_k: int = 100) -> list[dict[str, Tensor]]:
     """The `top_k` best (box, class) pairs of each image; with softmax scores the best class of each box.
 
@@ -15,9 +19,12 @@ def postprocess(outputs: dict, orig_sizes: Tensor, top_k: int = 100) -> list[dic
         top_k: most detections of an image. There is no score threshold and no suppression of duplicates.
     Returns:
         For each image, best first: scores [k], labels [k] in 0 .. K - 1, boxes [k, 4] (x0, y0, x1, y1) in pixels.
+    Raises:
+        NotFiniteError: a score or a box is NaN or infinite.
     """
     logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
     scores = _scores(outputs)
+    _check_finite(scores, boxes)
     if outputs.get("softmax", False):
         scores, classes = scores.max(-1, keepdim=True)
     else:
@@ -37,9 +44,19 @@ def best_of_each_query(outputs: dict, size: tuple[int, int]) -> tuple[Tensor, Te
     Args:
         size: (width, height) of the image in pixels.
     """
-    scores, labels = _scores(outputs)[0].max(-1)
+    scores = _scores(outputs)
+    _check_finite(scores, outputs["boxes"])
+    scores, labels = scores[0].max(-1)
     boxes = cxcywh_to_xyxy(outputs["boxes"][0].float())
     return scores, labels, boxes * boxes.new_tensor([*size, *size])
+
+
+def _check_finite(scores: Tensor, boxes: Tensor) -> None:
+    if not (scores.isfinite().all() & boxes.isfinite().all()):
+        raise NotFiniteError(
+            "the model's scores or boxes are not finite: its training diverged (a lower lr may help), or its weights "
+            "are not numbers"
+        )
 
 
 def _scores(outputs: dict) -> Tensor:

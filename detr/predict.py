@@ -90,6 +90,7 @@ def predict(
 
     Raises:
         OutputError: before the first image, if a file is in the way that `detr predict` did not write.
+        NotFiniteError: the model gives no numbers.
     """
     folder = Folder(out, BY)
     folder.claim([RESULTS, *(target.as_posix() for _, target in images)])

@@ -6,11 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from detr.checkpoint import CheckpointError
+from detr.config import short
 from detr.images import DataError
 from detr.split import Split, difference
 
 # flags of `detr train` that say where the data is: the folder, and names within it
 PLACES = ("data", "train_json", "train_images", "val_json", "val_images")
+
+
+_FIELDS = {
+    **dict.fromkeys(PLACES, lambda value: isinstance(value, str)),
+    "wandb": lambda value: _of_texts(value) and {"project", "id"} <= value.keys(),
+    "content": lambda value: isinstance(value, dict) and all(map(_of_texts, value.values())),
+}
+
+
+def _of_texts(value: Any) -> bool:
+    """Whether a value is a dict from texts to texts or numbers."""
+    return isinstance(value, dict) and all(type(k) is str and type(v) in (str, int) for k, v in value.items())
 
 
 def located(data: Any, given: dict[str, str], path: Path) -> dict[str, Any]:
@@ -24,9 +37,11 @@ def located(data: Any, given: dict[str, str], path: Path) -> dict[str, Any]:
     """
     if not isinstance(data, dict) or not isinstance(data.get("data"), str):
         raise CheckpointError(f"{path}: data: expected a dict with the folder of the dataset")
-    for name, kind in {**dict.fromkeys(PLACES, str), "wandb": dict, "content": dict}.items():
-        if name in data and not isinstance(data[name], kind):
-            raise CheckpointError(f"{path}: data.{name}: expected a {kind.__name__}, got {data[name]!r}")
+    for name, value in data.items():
+        if name not in _FIELDS:
+            raise CheckpointError(f"{path}: data: unknown field {short(name)}")
+        if not _FIELDS[name](value):
+            raise CheckpointError(f"{path}: data.{name}: not what `detr train` writes, got {short(value)}")
     data = data | given
     root = Path(data["data"])
     # runs of the first version kept the folder as it was typed
@@ -49,7 +64,8 @@ def check_same_data(state: dict[str, Any], content: dict[str, Any], path: Path, 
     before = state["data"].get("content")
     if before is None:
         warnings.warn(f"{path}: has no record of its data, as older runs: it may have changed since", stacklevel=2)
-        before = {"train": content["train"] | {"images": state.get("train_images")}, "val": content["val"]}
+        count = {"images": state["train_images"]} if "train_images" in state else {}
+        before = {"train": content["train"] | count, "val": content["val"]}
     for name in content:
         if not isinstance(before.get(name), dict) or before[name].keys() != content[name].keys():
             raise CheckpointError(f"{path}: data.content.{name}: expected a record of its data")

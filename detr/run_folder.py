@@ -33,7 +33,7 @@ def look(out: Path) -> None:
 
 @contextlib.contextmanager
 def hold(out: Path, resume: bool) -> Iterator[None]:
-    """Keep other runs out of the folder, and make it if it is not there; the names in FILES are then the run's.
+    """Keep other runs out of the folder, and make it if it is not there.
 
     Raises:
         OutputError: another run is writing there, or as `look`.
@@ -52,11 +52,13 @@ def hold(out: Path, resume: bool) -> Iterator[None]:
         folder = Folder(out, BY)
         if not resume:
             look(out)
-        elif folder.knows_any() or not _is_a_run(out):
-            folder.claim(name for name in FILES if name != "checkpoint.pt")
-        remove_temporary(out)
-        for name in FILES:
-            folder.note(name, None)
+        elif not folder.knows_any():
+            # a run had no manifest at first; else it is a checkpoint that was copied to a folder
+            for name in FILES if _is_a_run(out) else ("checkpoint.pt",):
+                if (out / name).exists():
+                    folder.note(name, None)
+        folder.claim(FILES)
+        remove_temporary(out, FILES)
         yield
     finally:
         lock.release()
@@ -66,6 +68,6 @@ def _is_a_run(out: Path) -> bool:
     """Whether config.json is a run's: runs had no manifest at first."""
     try:
         config = json.loads((out / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and {"config", "data", "classes"} <= config.keys()

@@ -91,33 +91,33 @@ class Split:
         """What a training on this split depends on, as a number and hashes: to see whether it changed.
 
         Not in it are ids of images and boxes, where the dataset lies, and how its json is written. An image is known by
-        its path below the image folder, its size and the size of its file. The classes are `categories`.
+        its path below the image folder, its size in pixels, and the length and the last bytes of its file. The classes
+        are `categories`.
         """
         images = self.images
         names = [os.path.relpath(path, self.image_dir) for path in images.paths]
         order = sorted(range(len(names)), key=names.__getitem__)
         rows = [images.rows(i) for i in order]
 
-        def column(name: str) -> bytes:
-            values = getattr(images, name)
-            return b"".join([values[:0].tobytes(), *(values[each].tobytes() for each in rows)])
+        def column(name: str) -> Iterator[bytes]:
+            return (getattr(images, name)[each].tobytes() for each in rows)
 
-        counts = np.diff(images.ends, prepend=0)[order]
+        counts = np.diff(images.ends, prepend=0)[order].tobytes()
         return {
             "images": len(names),
-            "paths": _hash("\n".join(names[i] for i in order).encode()),
-            "order": _hash("\n".join(names).encode()),
-            "bytes": _hash(np.array([os.stat(images.paths[i]).st_size for i in order], np.int64).tobytes()),
-            "sizes": _hash(images.sizes[order].tobytes()),
-            "boxes": _hash(counts.tobytes(), column("boxes"), column("crowd")),
-            "labels": _hash(counts.tobytes(), column("labels")),
+            "paths": _hash(os.fsencode(names[i]) + b"\n" for i in order),
+            "order": _hash(os.fsencode(name) + b"\n" for name in names),
+            "files": _hash(_file(images.paths[i]) for i in order),
+            "sizes": _hash([images.sizes[order].tobytes()]),
+            "boxes": _hash([counts, *column("boxes"), *column("crowd"), *column("areas")]),
+            "labels": _hash([counts, *column("labels")]),
         }
 
 
 _CHANGES = {
     "paths": "images of other names",
     "order": "the images in another order",
-    "bytes": "image files of other lengths",
+    "files": "other image files",
     "sizes": "images of other sizes in pixels",
     "boxes": "other boxes",
     "labels": "other labels",
@@ -134,5 +134,16 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(_CHANGES[name] for name in changed)
 
 
-def _hash(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+def _file(path: str) -> bytes:
+    """The length and the last bytes of a file: all of it would be slow, and the length of a bitmap says little."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 4096))
+        return length.to_bytes(8, "little") + file.read()
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

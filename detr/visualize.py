@@ -10,15 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detr.images import draw_boxes, read_image
-from detr.output import write_whole
 from detr.split import Split
 
 _HEIGHT = 320  # pixels of every image in predictions.png
 _GAP = 6
 
 
-def plot_curves(metrics_path: Path, path: Path) -> None:
-    """Losses, average precision and learning rate over the optimiser steps, from metrics.jsonl."""
+def plot_curves(metrics_path: Path) -> bytes:
+    """A PNG of losses, average precision and learning rate over the optimiser steps, from metrics.jsonl."""
     rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     panels = {
         "loss": (("loss", "loss_ce", "loss_bbox", "loss_giou"), "weighted loss"),
@@ -38,17 +37,16 @@ def plot_curves(metrics_path: Path, path: Path) -> None:
     figure.axes[1].set_ylim(0, 1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def draw_predictions(
     split: Split,
     detections: dict[int, dict[str, Tensor]],
     metrics: dict[str, Any],
-    path: Path,
     n_images: int = 8,
-) -> None:
-    """A sheet of images spread over the split: ground truth at the left, detections at the right of each pair.
+) -> bytes:
+    """A PNG, a sheet of images spread over the split: ground truth at the left, detections at the right of each pair.
 
     Shown are detections above the threshold with the best F1 of their class (`detr.evaluate.coco_metrics`).
     """
@@ -72,7 +70,7 @@ def draw_predictions(
         pairs.append((truth, draw_boxes(pixels, boxes, labels, texts)))
     buffer = io.BytesIO()
     _sheet(pairs).save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _lists(found: dict[str, Tensor]) -> tuple[list[int], list[float]]:

@@ -223,9 +223,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     key = "ema" if names is not None and "ema" in content else "model"
     weights = content.get(key, content)
     if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path}: class_names: expected a list of names, got {names!r:.60}")
+        raise ValueError(f"{path}: class_names: expected a list of names, got {checkpoint.short(names)}")
     if not isinstance(weights, dict):
-        raise ValueError(f"{path}: {key}: expected a dict of tensors, got {weights!r:.60}")
+        raise ValueError(f"{path}: {key}: expected a dict of tensors, got {checkpoint.short(weights)}")
     weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
     # what a FLOP counter left in the official files, and a counter that frozen norms do not have
     ignored = ("total_ops", "total_params", "num_batches_tracked")

@@ -139,6 +139,7 @@ def test_boxes_without_area_are_dropped_with_one_warning(tmp_path):
     [
         ([1, 1, 0, 0], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
         ([40.5, 1, 0.25, 9], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
+        ([10, 10, 1e-20, 5], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
         ([1, 1, 9, 9], 1, r"of 1 boxes 1 are crowds \(iscrowd 1\), which are neither learned nor counted, and 0 have"),
     ],
 )
@@ -151,6 +152,12 @@ def test_a_dataset_without_a_box_that_counts(tmp_path, box, crowd, message):
     # one box that counts is enough
     data["annotations"].append({"id": 2, "image_id": 5, "category_id": 3, "bbox": [1, 1, 9, 9]})
     assert not any(problem.fatal for problem in check_annotations(data, "a.json"))
+
+
+def test_a_json_that_is_nested_deeply(tmp_path):
+    (tmp_path / "a.json").write_text('{"images": ' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"a\.json: not a dataset: its lists are nested too deep"):
+        check_split(tmp_path / "a.json", tmp_path, look="json")
 
 
 def test_summary():

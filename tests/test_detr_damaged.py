@@ -250,7 +250,97 @@ def test_bytes_within_a_tensor(tmp_path, root, good, capsys):
     ):
         assert main(arguments) == 1
         line = capsys.readouterr().err.splitlines()[-1]
-        assert f"{tmp_path / 'best.pt'}: not readable: damaged: the checksum of " in line
+        assert f"{tmp_path / 'best.pt'}: not readable: damaged: archive/data/0 is not what was written" in line
+
+
+def test_an_entry_marked_as_a_folder(tmp_path, root):
+    """torch.load then leaves the memory of a tensor as it was, and the checksum in the file is right."""
+    data = bytearray((root / "run" / "best.pt").read_bytes())
+    place = -1
+    while (place := data.find(b"PK\x01\x02", place + 1)) >= 0:
+        length = int.from_bytes(data[place + 28 : place + 30], "little")
+        if data[place + 46 : place + 46 + length].endswith(b"data/0"):
+            data[place + 38] ^= 0x10
+    (tmp_path / "best.pt").write_bytes(data)
+    torch.load(tmp_path / "best.pt", weights_only=True)
+    with pytest.raises(
+        CheckpointError, match=r"best\.pt: not readable: damaged: archive/data/0 is not what was written"
+    ):
+        checkpoint.load(tmp_path / "best.pt")
+
+
+def deep(value="x", levels=100_000):
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def expanded(tensor):
+    """A tensor of the same shape whose numbers share one place: fused optimisers would write beyond it."""
+    return torch.zeros(1).expand(tensor.shape)
+
+
+def transposed(tensor):
+    return torch.zeros(tensor.shape[::-1]).permute(*range(tensor.dim())[::-1])
+
+
+OF_WEIGHT, OF_GROUP = ("optimizer", "state", 0), ("optimizer", "param_groups", 0)
+HAND_MADE = [
+    ((*OF_WEIGHT, "exp_avg"), expanded, "optimizer.state.0.exp_avg: its numbers lie in another order"),
+    ((*OF_WEIGHT, "exp_avg_sq"), transposed, "optimizer.state.0.exp_avg_sq: its numbers lie in another order"),
+    (("optimizer", "state"), lambda _: {}, "optimizer.state: empty, after 2 steps"),
+    *((OF_GROUP + (name,), lambda _: True, f"optimizer.param_groups[0].{name}: expected False, got True")
+      for name in ("amsgrad", "maximize", "differentiable", "capturable")),
+    ((*OF_GROUP, "betas"), lambda _: (10**400, 0.9), "betas[0]: expected float, got an integer beyond"),
+    (("best_ap",), lambda _: math.nan, "best_ap: expected a number, got nan"),
+    (("steps_done",), lambda _: 10**30, "steps_done: expected an integer of at least 0, got an integer beyond 64 bits"),
+    (("sums",), lambda _: {"loss": 10**400}, "sums: expected a dict of numbers"),
+    (("sums",), lambda _: {"\udcff": 1.0}, "sums: expected a dict of numbers"),
+    (("config", "seed"), lambda _: 10**30, "config: seed: expected int, got an integer beyond 64 bits"),
+    (("config", "lr"), lambda _: 10**400, "config: lr: expected float or int, got an integer beyond 64 bits"),
+    (("config", "d_model"), lambda _: torch.zeros(100, 100), "config: d_model: expected int, got a Tensor"),
+    (("data", "x"), lambda _: torch.zeros(3), "data: unknown field 'x'"),
+    (("data", ("a", 1)), lambda _: "x", "data: unknown field a tuple"),
+    (("data", "content"), lambda _: torch.zeros(3), "data.content: not what `detr train` writes, got a Tensor"),
+    (("data", "wandb"), lambda _: {"project": 3}, "data.wandb: not what `detr train` writes, got a dict"),
+    (("model", "transformer.level_embed"), expanded, "model: expected a dict of tensors"),
+    *(((name,), lambda _: deep(), f"{name}: ")
+      for name in ("class_names", "category_ids", "model", "metrics", "ema", "optimizer", "data")),
+    (("config", "d_model"), lambda _: deep(), "config: d_model: expected int, got a list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(HAND_MADE)))
+def test_checkpoints_that_were_made_by_hand(tmp_path, good, trainer, case):
+    place, value, message = HAND_MADE[case]
+    made = changed(good, place, lambda parent, key: set_item(parent, key, value(parent.get(key))))
+    before = copy.deepcopy(trainer.state())
+    with pytest.raises(CheckpointError) as error:
+        read_all(tmp_path / "a.pt", trainer, made)
+    assert str(error.value).startswith(f"{tmp_path / 'a.pt'}: ") and message in str(error.value)
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+    assert equal(trainer.state(), before)
+
+
+def test_weights_that_are_not_numbers(tmp_path, root, good, capsys):
+    weights = {name: torch.full_like(tensor, math.nan) for name, tensor in good["ema"].items()}
+    path = tmp_path / "nan.pt"
+    checkpoint.save(path, {key: good[key] for key in checkpoint.KEYS} | {"model": weights, "metrics": {"AP": 10**400}})
+    image = str(root / "data" / "val" / "000000.jpg")
+    assert main(["inspect", str(path), "--device", "cpu"]) == 0
+    for arguments in (
+        ["eval", "--data", str(root / "data"), "--checkpoint", str(path)],
+        ["predict", image, "--checkpoint", str(path), "--out", str(tmp_path / "out")],
+        ["inspect", str(path), "--image", image, "--out", str(tmp_path / "a.png")],
+    ):
+        assert main([*arguments, "--device", "cpu"]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"detr {arguments[0]}: error: the model's scores or boxes are not finite")
+    # a run that diverges before its evaluation ends in one line too, and keeps what it had
+    out = tmp_path / "run"
+    flags = ["--steps", "4", "--set", "eval_steps=2", "--set", "warmup_steps=0", "--lr", "1e30", *SMALL]
+    assert main(["train", "--data", str(root / "data"), "--out", str(out), *flags, "--device", "cpu"]) == 1
+    assert "detr train: error: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_file_that_was_saved_again_is_valid(tmp_path, root, good, trainer):

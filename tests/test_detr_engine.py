@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from detr.config import PRESETS, preset
 from detr.data import find_split, load_split, validation_loader
 from detr.engine import evaluation_is_due, train
 from detr.evaluate import evaluate
+from detr.output import MANIFEST
 from detr.synth import write_dataset
 from detr.trainer import Trainer, lr_factor
 
@@ -145,7 +147,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(splits, tmp_path, str
 def test_a_run_that_was_killed_after_its_last_step(splits, tmp_path, straight_run):
     trainer = Trainer(SMALL, splits[0], CPU)
     trainer.load_state(checkpoint.load(straight_run / "checkpoint.pt"), straight_run / "checkpoint.pt")
-    (tmp_path / "metrics.jsonl").write_text((straight_run / "metrics.jsonl").read_text())
+    for name in ("metrics.jsonl", MANIFEST):
+        shutil.copy(straight_run / name, tmp_path)
     metrics = train(trainer, validation_loader(splits[1], SMALL, CPU), tmp_path, {"data": "x"})
     assert metrics == json.loads((straight_run / "eval.json").read_text())
     assert rows(tmp_path) == rows(straight_run)

@@ -1,5 +1,6 @@
 """Processes that are started, killed, or fail: nothing is lost, and whoever survives says one line."""
 
+import contextlib
 import io
 import json
 import os
@@ -170,6 +171,26 @@ def test_a_device_without_room(data, tmp_path, monkeypatch, capsys):
     assert main(train(data, tmp_path / "run", "--steps", "1")) == 1
     [line] = error_lines(capsys.readouterr())
     assert line.startswith("detr train: error: CUDA out of memory. Tried to allocate 2 GiB. Fewer images at once")
+
+
+def test_a_thread_that_fails_and_a_full_disk(data, tmp_path, capsys):
+    """TensorBoard writes in a thread of its own."""
+    from user_files import full_disk
+
+    write = Trainer.step
+
+    def step(trainer, batches, stop=False):
+        if trainer.steps_done == 2:
+            held.enter_context(full_disk(room=100))
+        return write(trainer, batches, stop)
+
+    with contextlib.ExitStack() as held, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        assert main(train(data, tmp_path / "run", "--steps", "20", "--set", "eval_steps=20")) == 1
+    captured = capsys.readouterr()
+    [line] = error_lines(captured)
+    assert line.startswith(f"detr train: error: {tmp_path / 'run'}/metrics.jsonl: not written: File too large")
+    assert "Traceback" not in captured.err
 
 
 def test_warnings_look_as_before_after_a_command(tmp_path):

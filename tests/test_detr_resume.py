@@ -1,6 +1,7 @@
 """A run goes on with the data that it began with, wherever that lies now, and with no other unless it is told to."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from detr import checkpoint
+from detr import checkpoint, record
 from detr.cli import main
 from detr.data import find_split, load_split
 from detr.output import MANIFEST
 from detr.split import Images, difference
+from detr.visualize import plot_curves
 
 torch.set_num_threads(1)  # test processes share the cores
 SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
@@ -150,9 +152,9 @@ CHANGES = {
     "a label": (change_a_label, "val: other labels"),
     "a crowd": (make_a_crowd, "val: other boxes"),
     "the order": (reorder, "train: the images in another order"),
-    "an image": (replace_an_image, "train: image files of other lengths"),
+    "an image": (replace_an_image, "train: other image files"),
     "a name": (rename_an_image, "val: images of other names"),
-    "a size": (enlarge_an_image, "val: image files of other lengths, images of other sizes in pixels"),
+    "a size": (enlarge_an_image, "val: other image files, images of other sizes in pixels"),
     "one training image less": (drop_an_image("train"), "train: 4 images instead of 5"),
     "one validation image less": (drop_an_image("val"), "val: 2 images instead of 3"),
 }
@@ -248,6 +250,99 @@ def test_broken_lines_of_metrics(work):
     assert resume(work) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert path.read_bytes().startswith(lines) and [row["step"] for row in rows] == [2, 2, 4, 4]
+
+
+NO_NUMBERS = ['{"step":1,"loss":[1]}', '{"step":1,"loss":' + "9" * 4000 + "}", '{"step":1,"AP":"x"}']
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, *NO_NUMBERS])
+def test_lines_of_metrics_that_hold_no_numbers(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "epoch": 0.5, "loss": 2.5}\n' + line + "\n")
+    record._forget_after(path, 5)
+    assert path.read_text() == '{"step": 1, "epoch": 0.5, "loss": 2.5}\n'
+    assert plot_curves(path).startswith(b"\x89PNG")
+
+
+def test_metrics_in_a_copy_of_hard_links(tmp_path):
+    path, copy = tmp_path / "metrics.jsonl", tmp_path / "copy.jsonl"
+    path.write_text('{"step": 1}\n')
+    os.link(path, copy)
+    record._forget_after(path, 5)
+    with path.open("a") as file:
+        file.write('{"step": 2}\n')
+    assert copy.read_text() == '{"step": 1}\n'
+
+
+def name_bitmaps(content):
+    for entry in content["images"]:
+        entry["file_name"] = entry["file_name"].replace(".jpg", ".bmp")
+
+
+def test_bitmaps_that_were_replaced(work, tmp_path, capsys):
+    """All have one length."""
+    for split in ("train", "val"):
+        for path in (work / "data" / split).glob("*.jpg"):
+            Image.open(path).save(path.with_suffix(".bmp"))
+        edit(work, split, name_bitmaps)
+    before = load_split(*find_split(work / "data", "train")).content()
+    path = work / "data" / "train" / "000000.bmp"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(path)
+    assert difference(before, load_split(*find_split(work / "data", "train")).content()) == "other image files"
+
+
+def test_a_name_that_is_no_text(work):
+    name = os.fsdecode(b"\xff.jpg")
+    (work / "data" / "train" / "000000.jpg").rename(work / "data" / "train" / name)
+    edit(work, "train", lambda content: content["images"][0].update(file_name=name))
+    assert resume(work) == 1 and resume(work, "--accept-changed-data") == 0
+
+
+def test_weights_and_biases_that_is_not_installed_here(work, capsys):
+    path = work / "run" / "checkpoint.pt"
+    state = checkpoint.load(path)
+    state["data"]["wandb"] = {"project": "p", "id": "i"}
+    torch.save(state, path)
+    assert resume(work) == 0
+    assert "warning: the package wandb is not installed here: the run goes on without it" in capsys.readouterr().err
+    assert checkpoint.load(path)["data"]["wandb"] == {"project": "p", "id": "i"}
+
+
+def test_a_result_of_another_command_in_the_folder_of_a_run(work, capsys):
+    """The run was interrupted before it wrote an eval.json of its own."""
+    arguments = ["eval", "--data", str(work / "data"), "--checkpoint", str(work / "run" / "best.pt")]
+    assert main([*arguments, "--out", str(work / "run" / "eval.json")]) == 1
+    (work / "run" / "eval.json").unlink()
+    assert main([*arguments, "--out", str(work / "run" / "eval.json")]) == 0
+    before = (work / "run" / "eval.json").read_bytes()
+    assert resume(work) == 1
+    assert f"{work}/run/eval.json: is there already, and was changed after `detr train` wrote it" in last_line(capsys)
+    assert (work / "run" / "eval.json").read_bytes() == before
+    (work / "run" / "eval.json").unlink()
+    (work / "run" / ".detr-mine.tmp").mkdir()
+    (work / "run" / "nonfinite_step3_rank0.pt").write_text("mine")
+    assert resume(work) == 0
+    assert (work / "run" / ".detr-mine.tmp").exists()
+    assert (work / "run" / "nonfinite_step3_rank0.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "lines", ['{"file":"config.json","sha256":[1],"by":"detr train"}\n', "[" * 200_000, "null\n3\n"]
+)
+def test_a_manifest_with_other_lines(work, lines):
+    path = work / "run" / MANIFEST
+    path.write_text(path.read_text() + lines)
+    assert resume(work) == 0
+
+
+def test_a_manifest_that_is_a_link(work, capsys):
+    shutil.move(work / "run" / MANIFEST, work / "mine")
+    (work / "run" / MANIFEST).symlink_to(work / "mine")
+    (work / "run" / "curves.png").unlink()
+    before = (work / "mine").read_bytes()
+    assert resume(work) == 1
+    assert "expected the list of files that detr writes, found something else" in last_line(capsys)
+    assert (work / "mine").read_bytes() == before
 
 
 def test_accept_is_for_a_resume(work, capsys):

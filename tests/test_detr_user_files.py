@@ -14,7 +14,7 @@ from detr import checkpoint, demo
 from detr.cli import main
 from detr.config import preset
 from detr.model import build_model
-from detr.output import MANIFEST
+from detr.output import MANIFEST, Folder, OutputError
 
 torch.set_num_threads(1)  # test processes share the cores
 SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
@@ -242,6 +242,42 @@ def test_export_to_the_checkpoint_itself(original, tmp_path, capsys, to):
     assert main(["export", "--checkpoint", str(place), "--to", to, "--out", str(place)]) == 1
     one_error_line(capsys.readouterr())
     assert snapshot(tmp_path) == before
+
+
+def test_a_picture_of_another_format_is_recognised(work, capsys):
+    inspect = ["inspect", str(work / "run/best.pt"), "--image", str(work / "photos/a.png"), "--out"]
+    for suffix in ("png", "jpg", "webp"):
+        for _ in range(2):
+            assert main([*inspect, str(work / f"out.{suffix}")]) == 0
+    assert main([*inspect, str(work / "out.gif")]) == 0
+    assert main([*inspect, str(work / "out.gif")]) == 1  # it cannot say who wrote it
+    capsys.readouterr()
+    Image.new("1", (15_000, 15_000)).save(work / "large.png")
+    before = (work / "large.png").read_bytes()
+    assert main([*inspect, str(work / "large.png")]) == 1
+    one_error_line(capsys.readouterr())
+    assert (work / "large.png").read_bytes() == before
+    assert main([*inspect, str(work / "out.abc")]) == 1
+    assert "expected the suffix of an image format" in one_error_line(capsys.readouterr())
+
+
+def test_pictures_that_were_renamed_or_linked_to(work, capsys):
+    assert COMMANDS["predict"].run(work, work / "photos" / "boxes") == 0
+    (work / "photos" / "boxes" / "a.png").rename(work / "photos" / "boxes" / "renamed.png")
+    (work / "photos" / "linked.jpg").symlink_to(work / "photos" / "boxes" / "sub" / "b.jpg")
+    assert COMMANDS["predict"].run(work, work / "out") == 0
+    results = json.loads((work / "out" / "predictions.json").read_text())
+    assert [Path(result["file"]).name for result in results] == ["a.png", "b.jpg"]
+    assert "left out 3 pictures that detr wrote" in capsys.readouterr().err
+
+
+def test_a_file_that_another_process_wrote_meanwhile(tmp_path):
+    first, second = Folder(tmp_path, "detr predict"), Folder(tmp_path, "detr predict")
+    first.write("a.png", b"1")
+    second.write("a.png", b"2")
+    first.write("a.png", b"3")
+    with pytest.raises(OutputError, match=r"a\.png: is there already"):
+        Folder(tmp_path, "detr synth").write("a.png", b"4")
 
 
 def test_a_link_to_a_file_of_ours_stays_a_link(work):
