@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import lzma
 import pickle
 import re
 import struct
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from detr.config import Config, short
 from detr.model import DeformableDETR, build_model
-from detr.output import whole
+from detr.output import Folder, whole
 
 # of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.trainer)
 KEYS = ("config", "class_names", "category_ids", "model")
@@ -29,7 +30,16 @@ _OF_A_GROUP = ("name", "params", "lr", "betas", "eps", "weight_decay")
 # what PyTorch's and Python's readers raise on files that are damaged or made by hand
 _DAMAGED = (
     *(EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
-    *(MemoryError, RuntimeError, ImportError, zipfile.BadZipFile, zlib.error, struct.error, pickle.PickleError),
+    *(
+        MemoryError,
+        RuntimeError,
+        ImportError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        struct.error,
+        pickle.PickleError,
+    ),
 )
 
 
@@ -87,13 +97,16 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+def save(path: Path, content: dict[str, Any], folder: Folder | None = None) -> None:
     """Write a checkpoint; whatever happens, `path` is the old file or the new one.
+
+    Args:
+        folder: the one that `path` lies in, which then knows the file for its own and overwrites no other.
 
     Raises:
         OutputError: the disk is full or the folder not writable; an earlier file at `path` stays.
     """
-    with whole(path, durable=True) as file:
+    with folder.whole(path.name, durable=True) if folder else whole(path, durable=True) as file:
         torch.save(content, file)
 
 
@@ -114,7 +127,11 @@ def read(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
                 damaged = archive.testzip()
                 # an entry that is marked as a folder is not read at all, and leaves memory as it was
-                marked = [entry.filename for entry in archive.infolist() if entry.external_attr & _IS_FOLDER]
+                marked = [
+                    entry.filename
+                    for entry in archive.infolist()
+                    if entry.external_attr & _IS_FOLDER and entry.file_size
+                ]
             if damaged or marked:
                 damaged = damaged or marked[0]
                 raise CheckpointError(f"{path}: not readable: damaged: {damaged} is not what was written")

@@ -23,7 +23,7 @@ from detr.distributed import ProcessError
 from detr.evaluate import evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError, read_image
-from detr.output import Folder, OutputError, claim_file, json_of, picture_of, write_file
+from detr.output import MARKED, Folder, OutputError, claim_file, json_of, picture_of, write_file
 from detr.postprocess import NotFiniteError, best_of_each_query
 from detr.predict import find_images, load_pixels, predict
 from detr.sampling import draw_sampling_points, sampling_points
@@ -294,6 +294,8 @@ def _predict(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     device = _device(options)
     if options.image:
+        if options.out.suffix.lower() not in MARKED:
+            raise OutputError(f"{options.out}: expected a name that ends in one of {', '.join(MARKED)}")
         claim_file(options.out, "detr inspect")
     content = checkpoint.load(options.checkpoint)
     model, config = checkpoint.model_of(content, options.checkpoint)

@@ -118,6 +118,8 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     main = distributed.is_main()
     with contextlib.ExitStack() as held:
         if options.resume:
+            if out.is_file():
+                raise checkpoint.CheckpointError(f"{out}: expected the folder of a run, got a file")
             if not path.is_file():
                 raise checkpoint.CheckpointError(f"{path}: the file is missing: no run to continue")
             if main:

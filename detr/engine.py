@@ -84,10 +84,10 @@ def train(trainer: Trainer, val: DataLoader, out: Path, data: dict[str, Any]) ->
                     aps = f"step {trainer.steps_done}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}"
                     bar.write(aps, sys.stderr)
                 if main and better:
-                    checkpoint.save(folder.own("best.pt"), trainer.weights() | {"metrics": metrics, "data": data})
+                    checkpoint.save(out / "best.pt", trainer.weights() | {"metrics": metrics, "data": data}, folder)
             due = trainer.stopping or evaluated or time.perf_counter() - saved > CHECKPOINT_SECONDS
             if main and due:
-                checkpoint.save(folder.own("checkpoint.pt"), trainer.state() | {"data": data})
+                checkpoint.save(out / "checkpoint.pt", trainer.state() | {"data": data}, folder)
                 saved = time.perf_counter()
             mark = time.perf_counter()
             if trainer.stopping or trainer.finished:

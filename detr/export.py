@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import lzma
 import warnings
 import zipfile
 import zlib
@@ -133,7 +134,16 @@ def _writer(path: Path) -> str | None:
                     return archive.read(name).decode()
                 if name.endswith(".wrapper_metadata.json"):  # of AOTInductor
                     return json.loads(archive.read(name)).get(WRITTEN_BY)
-    except (OSError, ValueError, AttributeError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+    ):
         pass
     return None
 

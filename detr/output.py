@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 MANIFEST = ".detr-files.jsonl"  # a line for each file: its name in the folder, the sha256 of its bytes, the command
+MARKED = (".png", ".jpg", ".jpeg", ".webp")  # pictures that can say who wrote them
 WRITTEN_BY = "written_by"  # the key of a json object, or of a text chunk of a PNG, that names the command
 _TEMPORARY = ".detr-{name}-{pid}-{count}.tmp"
 _EXIF_SOFTWARE = 0x0131
@@ -35,11 +36,13 @@ class _Sink:
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self.file = file
+        self.digest = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         if self.error is None:
             try:
+                self.digest.update(data)
                 self.file.write(data)
             except OSError as error:
                 self.error = error
@@ -70,11 +73,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole(path: Path, durable: bool = False) -> Iterator[_Sink]:
+def whole(path: Path, durable: bool = False, before: Callable[[str], None] | None = None) -> Iterator[_Sink]:
     """A file to `write` bytes to, which takes the place of `path` when all of them are written.
 
     Args:
         durable: wait until the disk has the bytes, so that even a power cut leaves the old file or the new one.
+        before: called with the sha256 of the bytes when they are written, and not yet at `path`.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written to. What was at `path` is still there.
@@ -88,16 +92,24 @@ def whole(path: Path, durable: bool = False) -> Iterator[_Sink]:
                 sink = _Sink(file)
                 yield sink
                 sink.close(durable)
+            if before is not None:
+                before(sink.digest.hexdigest())
             temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes, durable: bool = False) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Replace or make the file at `path`, see `whole`."""
-    with whole(path, durable) as file:
+    with whole(path) as file:
         file.write(content)
+
+
+def unshare(path: Path) -> None:
+    """Make a file that will be added to one of its own, if it has another name too, in a copy of hard links."""
+    if path.exists() and path.stat().st_nlink > 1:
+        write_whole(path, path.read_bytes())
 
 
 def remove_temporary(folder: Path, names: Iterable[str]) -> None:
@@ -151,7 +163,7 @@ class Folder:
                     continue
                 raise _not_ours(path, self.by, f"was changed after `{self.by}` wrote it" if self._own.get(name) else "")
 
-    def note(self, name: str, digest: str | None) -> None:
+    def note(self, name: str, digest: str | None, durable: bool = False) -> None:
         """Take the file `name` for the command's own: with these bytes, or for None with any."""
         if digest in self._own.setdefault(name, set()):
             return
@@ -159,6 +171,7 @@ class Folder:
         path = self.path / MANIFEST
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
             raise OutputError(f"{path}: expected the list of files that detr writes, found something else")
+        unshare(path)
         with naming(path):
             self.path.mkdir(parents=True, exist_ok=True)
             with path.open("ab+") as file:
@@ -166,22 +179,38 @@ class Folder:
                 # a process that was killed may have left half a line
                 broken = file.read(1) not in (b"", b"\n")
                 file.write(("\n" if broken else "").encode() + line.encode())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         self._own[name].add(digest)
 
     def own(self, name: str) -> Path:
-        """The path of a file that the command is about to write or add to by itself, whatever bytes it will have."""
+        """The path of a file that the command is about to add to, whatever bytes it will have."""
         self.claim([name])
         self.note(name, None)
+        unshare(self.path / name)
         return self.path / name
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write one file, see `whole` and `claim`."""
+    @contextlib.contextmanager
+    def whole(self, name: str, durable: bool = False) -> Iterator[_Sink]:
+        """One file to write to, see `whole` and `claim`."""
         self.claim([name])
         path = self.path / name
-        # the line comes first: killed in between, the file that is there is still known by its own line
-        self.note(name, hashlib.sha256(content).hexdigest())
         make_parent(path)
-        write_whole(path, content)
+        # the line comes first: killed in between, the file that is there is still known by its own line
+        with whole(path, durable, lambda digest: self.note(name, digest, durable)) as file:
+            yield file
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one file."""
+        with self.whole(name) as file:
+            file.write(content)
+
+    def accept(self, names: Iterable[str]) -> None:
+        """Take the files of these names that are there for the command's own, as they are now."""
+        for name in names:
+            if (self.path / name).is_file():
+                self.note(name, _digest(self.path / name))
 
     def _is_own(self, name: str, path: Path) -> bool:
         digests = self._own.get(name, ())
@@ -198,6 +227,8 @@ class Written:
     def by(self, path: Path) -> str | None:
         """The command that wrote this file, whatever it is called now, or None."""
         path = Path(os.path.realpath(path))
+        if not path.is_file() or not os.access(path, os.R_OK):
+            return None
         for folder in path.parents:
             if folder not in self._commands:
                 lines = [(name, *line) for name, lines in _manifest(folder).items() for line in lines]
@@ -241,7 +272,7 @@ def json_of(content: dict[str, Any], by: str) -> bytes:
 
 
 def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
-    """An image file of the format that `suffix` names; a PNG, JPEG or WebP says who wrote it.
+    """An image file of the format that `suffix` names; one with a suffix in MARKED says who wrote it.
 
     Raises:
         OutputError: Pillow writes no format by this name.

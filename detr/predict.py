@@ -44,7 +44,7 @@ def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
             pairs = [(path, Path(path.name))]
         else:
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+                inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
                 pairs = [(p, p.relative_to(path)) for p in inside]
             else:
                 pairs = [(Path(name), Path(Path(name).name)) for name in sorted(glob.glob(text, recursive=True))]
@@ -89,10 +89,14 @@ def predict(
         x, y, width, height in pixels), best first. And one message for each file that could not be read.
 
     Raises:
-        OutputError: before the first image, if a file is in the way that `detr predict` did not write.
+        OutputError: before the first image, if a file is in the way that `detr predict` did not write. DataError: an
+        image has the name of the json.
         NotFiniteError: the model gives no numbers.
     """
     folder = Folder(out, BY)
+    taken = next((source for source, target in images if target.parts[0] == RESULTS), None)
+    if taken:
+        raise DataError(f"{taken}: its picture would be in the place of {out / RESULTS}")
     folder.claim([RESULTS, *(target.as_posix() for _, target in images)])
     results: dict[Path, dict[str, Any]] = {}
     waiting: dict[tuple[int, ...], list[tuple[Path, Path, Image.Image, Tensor]]] = defaultdict(list)

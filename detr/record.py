@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from detr import run_folder
-from detr.output import Folder, naming, whole, write_whole
+from detr.output import Folder, naming, write_whole
 
 KEPT_BATCHES = 3  # of steps that were skipped; the ids of their images are noted for all
 
@@ -64,18 +64,22 @@ class Record:
 def _forget_after(metrics_path: Path, step: int) -> None:
     if metrics_path.exists():
         lines = metrics_path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (done := _step(line)) is not None and done <= step]
-        # lines are added to the file: another name of it, in a copy of hard links, would get them too
-        if kept != lines or metrics_path.stat().st_nlink > 1:
+        # a process that was killed may have left half a line
+        whole_lines = [line for line in lines if line.endswith(b"\n")]
+        kept = [line for line in whole_lines if (row := _row(line)) is None or row["step"] <= step]
+        if kept != lines:
             write_whole(metrics_path, b"".join(kept))
 
 
-def _step(line: bytes) -> int | None:
-    """The step of a line of metrics.jsonl; None if it is broken, as a process that was killed leaves its last one."""
+def metrics_of(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; lines that are something else, because somebody wrote them, are left out."""
+    return [row for line in path.read_bytes().splitlines() if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, float] | None:
     try:
         row = json.loads(line)
-        good = line.endswith(b"\n") and type(row["step"]) is int
-        return row["step"] if good and all(-1e300 < value < 1e300 for value in row.values()) else None
+        return row if type(row["step"]) is int and all(-1e300 < value < 1e300 for value in row.values()) else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -93,7 +97,7 @@ def keep_batches(
     keep = len(list(out.glob("nonfinite_step*.pt"))) < KEPT_BATCHES and not os.path.lexists(kept)
     if keep:
         content = [{"images": images, "mask": mask, "targets": targets} for images, mask, targets in batches]
-        with whole(folder.own(kept.name)) as file:
+        with folder.whole(kept.name) as file:
             torch.save(content, file)
     line = {
         "step": step,

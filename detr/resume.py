@@ -73,10 +73,10 @@ def check_same_data(state: dict[str, Any], content: dict[str, Any], path: Path, 
     text = "; ".join(f"{name}: {change}" for name, change in changes.items() if change)
     if text and not accept:
         raise DataError(
-            f"{path}: the data is not what this run began with: {text}; --accept-changed-data goes on all the same"
+            f"{path}: the data is not what this run was trained on: {text}; --accept-changed-data goes on all the same"
         )
     if text:
-        warnings.warn(f"{path}: the data is not what this run began with: {text}", stacklevel=2)
+        warnings.warn(f"{path}: the data is not what this run was trained on: {text}", stacklevel=2)
 
 
 def content_of(splits: dict[str, Split]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from detr.output import Folder, OutputError, make_parent, remove_temporary
+from detr.output import Folder, OutputError, make_parent, remove_temporary, writer_of
 
 BY = "detr train"
 RESULTS = ("checkpoint.pt", "best.pt", "eval.json")
@@ -23,11 +23,14 @@ def look(out: Path) -> None:
     Raises:
         OutputError: a run is there already, or a file that a run would replace and did not write.
     """
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"{str(out)!a}: expected a name in UTF-8, which TensorBoard needs") from None
+    more = f"continue it with --resume {out}, or " if (out / "checkpoint.pt").exists() else ""
     for name in RESULTS:
         if (out / name).exists():
-            raise OutputError(
-                f"{out / name}: a run is here already: continue it with --resume {out}, or choose another --out"
-            )
+            raise OutputError(f"{out / name}: a run is here already: {more}choose another --out")
     Folder(out, BY).claim(FILES)
 
 
@@ -52,10 +55,13 @@ def hold(out: Path, resume: bool) -> Iterator[None]:
         folder = Folder(out, BY)
         if not resume:
             look(out)
-        elif not folder.knows_any():
-            # a run had no manifest at first; else it is a checkpoint that was copied to a folder
-            for name in FILES if _is_a_run(out) else ("checkpoint.pt",):
-                if (out / name).exists():
+        else:
+            known = folder.knows_any()
+            folder.accept(["checkpoint.pt"])  # what is to be continued
+            if not known:  # as all runs at first; else it is a checkpoint that was copied to a folder
+                found = _files_of_a_run(out)
+                folder.accept(found)
+                for name in ("metrics.jsonl", "nonfinite.jsonl") if found else ():
                     folder.note(name, None)
         folder.claim(FILES)
         remove_temporary(out, FILES)
@@ -64,10 +70,23 @@ def hold(out: Path, resume: bool) -> Iterator[None]:
         lock.release()
 
 
-def _is_a_run(out: Path) -> bool:
-    """Whether config.json is a run's: runs had no manifest at first."""
-    try:
-        config = json.loads((out / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and {"config", "data", "classes"} <= config.keys()
+def _files_of_a_run(out: Path) -> list[str]:
+    """What is a run's in a folder without a manifest, by what is in it; nothing if config.json is not a run's."""
+
+    def keys(name: str) -> set[str]:
+        try:
+            content = json.loads((out / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return set()
+        return set(content) if isinstance(content, dict) else set()
+
+    if not {"config", "data", "classes"} <= keys("config.json"):
+        return []
+    found = ["config.json", "best.pt"]
+    if {"AP", "per_class", "best_AP"} <= keys("eval.json"):
+        found.append("eval.json")
+    for name in ("curves.png", "predictions.png"):
+        path = out / name
+        if path.is_file() and path.read_bytes().startswith(b"\x89PNG") and writer_of(path) is None:
+            found.append(name)
+    return found

@@ -293,8 +293,6 @@ class Trainer:
         if problem:
             raise checkpoint.CheckpointError(f"{path}: {problem}")
         checkpoint.check_optimizer(self.optimizer, state["optimizer"], path)
-        if not state["optimizer"]["state"] and state["steps_done"] > state["skipped"]:
-            raise checkpoint.CheckpointError(f"{path}: optimizer.state: empty, after {state['steps_done']} steps")
         checkpoint.load_weights(self.model, state["model"], path)
         if self.ema:
             checkpoint.load_weights(self.ema.module, state["ema"], path)

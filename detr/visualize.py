@@ -1,7 +1,6 @@
 """The pictures of a run: learning curves, and ground truth beside detections."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detr.images import draw_boxes, read_image
+from detr.record import metrics_of
 from detr.split import Split
 
 _HEIGHT = 320  # pixels of every image in predictions.png
@@ -18,7 +18,7 @@ _GAP = 6
 
 def plot_curves(metrics_path: Path) -> bytes:
     """A PNG of losses, average precision and learning rate over the optimiser steps, from metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    rows = metrics_of(metrics_path)
     panels = {
         "loss": (("loss", "loss_ce", "loss_bbox", "loss_giou"), "weighted loss"),
         "AP on val": (("AP", "AP50", "AP75"), "average precision"),

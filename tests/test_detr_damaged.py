@@ -288,7 +288,6 @@ OF_WEIGHT, OF_GROUP = ("optimizer", "state", 0), ("optimizer", "param_groups", 0
 HAND_MADE = [
     ((*OF_WEIGHT, "exp_avg"), expanded, "optimizer.state.0.exp_avg: its numbers lie in another order"),
     ((*OF_WEIGHT, "exp_avg_sq"), transposed, "optimizer.state.0.exp_avg_sq: its numbers lie in another order"),
-    (("optimizer", "state"), lambda _: {}, "optimizer.state: empty, after 2 steps"),
     *(((*OF_GROUP, name), lambda _: True, f"optimizer.param_groups[0].{name}: expected False, got True")
       for name in ("amsgrad", "maximize", "differentiable", "capturable")),
     ((*OF_GROUP, "betas"), lambda _: (10**400, 0.9), "betas[0]: expected float, got an integer beyond"),

@@ -1,5 +1,6 @@
 """A run goes on with the data that it began with, wherever that lies now, and with no other unless it is told to."""
 
+import functools
 import json
 import os
 import random
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from user_files import assert_nothing_lost, snapshot
 
 from detr import checkpoint, record
 from detr.cli import main
 from detr.data import find_split, load_split
 from detr.output import MANIFEST
 from detr.split import Images, difference
+from detr.trainer import Trainer
 from detr.visualize import plot_curves
 
 torch.set_num_threads(1)  # test processes share the cores
@@ -167,7 +170,7 @@ def test_other_data_is_refused_and_can_be_accepted(work, capsys, name):
     before = path.read_bytes()
     change(work)
     assert resume(work) == 1
-    text = f"{path}: the data is not what this run began with: {message}"
+    text = f"{path}: the data is not what this run was trained on: {message}"
     assert last_line(capsys) == f"detr train: error: {text}; --accept-changed-data goes on all the same"
     assert path.read_bytes() == before
     if name not in ("a box", "an image", "one training image less", "one validation image less"):
@@ -248,7 +251,7 @@ def test_broken_lines_of_metrics(work):
     lines = path.read_bytes()
     path.write_bytes(lines + b"\xff\xfe\n" + b"[]\n" + b'{"step": "x"}\n' + b"{}\n" + b"\n" + b'{"step": 2, "los')
     assert resume(work) == 0
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = record.metrics_of(path)
     assert path.read_bytes().startswith(lines) and [row["step"] for row in rows] == [2, 2, 4, 4]
 
 
@@ -259,19 +262,79 @@ NO_NUMBERS = ['{"step":1,"loss":[1]}', '{"step":1,"loss":' + "9" * 4000 + "}", '
 def test_lines_of_metrics_that_hold_no_numbers(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "epoch": 0.5, "loss": 2.5}\n' + line + "\n")
+    before = path.read_text()
     record._forget_after(path, 5)
-    assert path.read_text() == '{"step": 1, "epoch": 0.5, "loss": 2.5}\n'
+    assert path.read_text() == before  # somebody wrote it
+    assert record.metrics_of(path) == [{"step": 1, "epoch": 0.5, "loss": 2.5}]
     assert plot_curves(path).startswith(b"\x89PNG")
 
 
-def test_metrics_in_a_copy_of_hard_links(tmp_path):
-    path, copy = tmp_path / "metrics.jsonl", tmp_path / "copy.jsonl"
-    path.write_text('{"step": 1}\n')
-    os.link(path, copy)
-    record._forget_after(path, 5)
-    with path.open("a") as file:
-        file.write('{"step": 2}\n')
-    assert copy.read_text() == '{"step": 1}\n'
+def test_a_copy_of_hard_links_stays_as_it_was(work):
+    shutil.copytree(work / "run", work / "copy", copy_function=os.link)
+    before = snapshot(work / "copy")
+    assert resume(work) == 0
+    assert snapshot(work / "copy") == before
+
+
+OLD_RUN = Path(__file__).parent / "fixtures" / "run_of_ccff825"
+
+
+def test_a_run_without_a_manifest_takes_what_is_a_runs(tmp_path, monkeypatch, capsys):
+    shutil.copytree(OLD_RUN, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    flags = ["--resume", "run", "--workers", "0", "--device", "cpu"]
+    evaluate = ["eval", "--data", "dataset", "--checkpoint", "run/checkpoint.pt", "--device", "cpu", "--out"]
+    assert main([*evaluate, "run/eval.json"]) == 0
+    before = snapshot(tmp_path)
+    assert main(["train", *flags]) == 1
+    assert "run/eval.json: is there already" in last_line(capsys)
+    Path("run/eval.json").unlink()
+    for name, content in (("curves.png", b"mine"), ("predictions.png", Path("run/config.json").read_bytes())):
+        Path("run", name).write_bytes(content)
+        assert main(["train", *flags]) == 1
+        assert f"run/{name}: is there already" in last_line(capsys)
+        assert Path("run", name).read_bytes() == content
+        Path("run", name).unlink()
+    del before["old/run/eval.json"]
+    assert_nothing_lost(before, tmp_path)
+    assert main(["train", *flags]) == 0
+
+
+def test_other_weights_in_the_place_of_the_best(work, capsys):
+    best, precious = work / "run" / "best.pt", work / "precious.pt"
+    shutil.copy(work / "run" / "checkpoint.pt", precious)
+    before = precious.read_bytes()
+    for put in (lambda: shutil.copy(precious, best), lambda: best.symlink_to(precious)):
+        best.unlink()
+        put()
+        assert resume(work) == 1
+        assert f"{best}: is there already, and was changed after `detr train` wrote it" in last_line(capsys)
+        assert best.read_bytes() == precious.read_bytes() == before
+    # without it there is only no --resume to speak of
+    (work / "run" / "checkpoint.pt").unlink()
+    assert main(["train", "--data", str(work / "data"), "--out", str(work / "run"), *SMALL]) == 1
+    assert last_line(capsys).endswith("best.pt: a run is here already: choose another --out")
+    assert resume(work) == 1 and "the file is missing: no run to continue" in last_line(capsys)
+    assert main(["train", "--resume", str(precious)]) == 1
+    assert last_line(capsys).endswith("precious.pt: expected the folder of a run, got a file")
+
+
+def test_notes_in_metrics_stay(work):
+    path = work / "run" / "metrics.jsonl"
+    path.write_text('# mine\n{"epoch": 1, "mine": 3}\n' + path.read_text())
+    assert resume(work) == 0
+    assert path.read_text().startswith('# mine\n{"epoch": 1, "mine": 3}\n{"step": 2')
+
+
+def test_a_run_whose_first_steps_overflowed(work, tmp_path, monkeypatch):
+    """Steps that fp16 skips leave the optimiser without a state."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**60))
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda trainer, batches, stop=False: step(trainer, batches, stop=True))
+    flags = ["--steps", "2", "--amp", "fp16", "--device", "cpu", *SMALL]
+    assert main(["train", "--data", str(work / "data"), "--out", str(work / "new"), *flags]) == 130
+    assert not checkpoint.load(work / "new" / "checkpoint.pt")["optimizer"]["state"]
+    assert main(["train", "--resume", str(work / "new"), "--device", "cpu"]) in (0, 130)
 
 
 def name_bitmaps(content):
