@@ -306,9 +306,9 @@ def test_evaluations_by_steps_or_epochs(splits):
 def test_eight_images_are_learned_by_heart(tmp_path):
     write_dataset(tmp_path, 8, 1, 64, 3)
     split = load_split(*find_split(tmp_path, "train"))
-    config = preset("tiny", image_size=64, max_size=64, lr=2e-3, lr_backbone=2e-3, steps=300, warmup_steps=30)
+    config = preset("tiny", image_size=64, max_size=64, lr=2e-3, lr_backbone=2e-3, steps=240, warmup_steps=30)
     trainer = Trainer(config, split, CPU)
-    losses = advance(trainer, 300)
+    losses = advance(trainer, 240)
     metrics, _ = evaluate(trainer.model, validation_loader(split, config, CPU), CPU)
     assert metrics["images"] == 8
     assert losses[-1] < 0.05 * losses[0]

@@ -176,6 +176,7 @@ def test_a_detector_with_the_nodes_of_an_inference_engine(detectors, tmp_path, p
     assert len(seen) == count and set(seen[0]) == {"plugin_version" if plugin == "tensorrt" else "im2col_step"}
 
 
+@pytest.mark.long
 def test_a_detector_compiled_by_aotinductor_runs_without_this_package(detectors, tmp_path):
     path, inputs, expected = detectors["smallest"]
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # unoptimised
