@@ -24,22 +24,14 @@ KEYS = ("config", "class_names", "category_ids", "model")
 # fields of a config that are sizes of a model: none is larger than all its tensors, or there is no such model
 _SIZES = ("d_model", "n_heads", "ffn_dim", "enc_points", "dec_points", "n_queries")
 _COUNTS = ("enc_layers", "dec_layers", "n_levels")
-# what each group of an optimiser has had in every version of torch
 _IS_FOLDER = 0x10  # among the attributes of a file in a zip
+# what each group of an optimiser has had in every version of torch
 _OF_A_GROUP = ("name", "params", "lr", "betas", "eps", "weight_decay")
 # what PyTorch's and Python's readers raise on files that are damaged or made by hand
 _DAMAGED = (
     *(EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
-    *(
-        MemoryError,
-        RuntimeError,
-        ImportError,
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        struct.error,
-        pickle.PickleError,
-    ),
+    *(MemoryError, RuntimeError, ImportError, pickle.PickleError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
 
 
@@ -125,16 +117,11 @@ def read(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                damaged = archive.testzip()
+                damaged = [name for name in [archive.testzip()] if name]
                 # an entry that is marked as a folder is not read at all, and leaves memory as it was
-                marked = [
-                    entry.filename
-                    for entry in archive.infolist()
-                    if entry.external_attr & _IS_FOLDER and entry.file_size
-                ]
-            if damaged or marked:
-                damaged = damaged or marked[0]
-                raise CheckpointError(f"{path}: not readable: damaged: {damaged} is not what was written")
+                damaged += [e.filename for e in archive.infolist() if e.external_attr & _IS_FOLDER and e.file_size]
+            if damaged:
+                raise CheckpointError(f"{path}: not readable: damaged: {damaged[0]} is not what was written")
         # the official files hold the command line of their training
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
