@@ -213,7 +213,7 @@ def check_sizes(config: Config, weights: dict[str, Tensor], num_classes: int, pa
             model = build_model(dataclasses.replace(config, pretrained_backbone=False), num_classes)
     except RuntimeError:  # the bytes of a tensor cannot be counted
         raise CheckpointError(f"{path}: config: its sizes do not fit the weights beside it") from None
-    _check_weights(model, weights, path)
+    check_weights(model, weights, path)
 
 
 def describe(content: dict[str, Any], model: DeformableDETR) -> str:
@@ -260,16 +260,17 @@ def classes_of(content: dict[str, Any]) -> dict[int, str]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load all of `weights`, which must fit `model` exactly.
+    """Load all of `weights`, which must fit `model` exactly: see `check_weights`."""
+    check_weights(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Make sure that `weights` are all of `model`, and no more.
 
     Raises:
         CheckpointError: names the first tensor that is missing, unknown or of another shape or kind of number.
     """
-    _check_weights(model, weights, path)
-    model.load_state_dict(weights)
-
-
-def _check_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     expected, given = ({name: _kind(tensor) for name, tensor in side.items()} for side in (model.state_dict(), weights))
     for name in expected | given:
         if expected.get(name) != given.get(name):

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,16 +53,29 @@ def one_line_for_lost_processes() -> Iterator[None]:
     """What a process sees of the end of another one, as an error of one line.
 
     Raises:
-        ProcessError: a message to or from another process failed.
+        ProcessError: a message to or from another process failed, or torchrun, which saw it first, ends this one.
     """
+    if world_size() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if isinstance(error, ProcessError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it, and the line has to be written
         raise ProcessError(
             f"process {rank()}: another process of this run has ended, and with it this one; its message says why"
         ) from error
+    signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, _frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise ProcessError(
+        f"process {rank()}: ended from outside (SIGTERM), as after the end of another process of its run"
+    )
 
 
 def rank() -> int:

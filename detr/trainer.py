@@ -293,6 +293,10 @@ class Trainer:
         if problem:
             raise checkpoint.CheckpointError(f"{path}: {problem}")
         checkpoint.check_optimizer(self.optimizer, state["optimizer"], path)
+        # all of it before any of it is loaded
+        checkpoint.check_weights(self.model, state["model"], path)
+        if self.ema:
+            checkpoint.check_weights(self.ema.module, state["ema"], path)
         checkpoint.load_weights(self.model, state["model"], path)
         if self.ema:
             checkpoint.load_weights(self.ema.module, state["ema"], path)
