@@ -162,13 +162,12 @@ class CocoDataset(Dataset):
         self.transform = transform
         self.resize_to = resize_to
         self.cache: list[Tensor] | None = None
-        if resize_to is not None:
-            sizes = (resized_size(image.height, image.width, *resize_to) for image in split.images)
-            if sum(3 * height * width for height, width in sizes) <= CACHE_BYTES:
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    reading = pool.map(self._read, split.images)
-                    name = f"reading {split.image_dir}"
-                    self.cache = list(progress(reading, desc=name, total=len(split.images), leave=False, delay=2))
+        pixels = sum(height * width for height, width in self.sizes(range(len(self))))
+        if resize_to is not None and 3 * pixels <= CACHE_BYTES:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                reading = pool.map(self._read, split.images)
+                name = f"reading {split.image_dir}"
+                self.cache = list(progress(reading, desc=name, total=len(split.images), leave=False, delay=2))
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that is started to load images: it reads them itself. One that is forked shares the memory."""
@@ -186,7 +185,7 @@ class CocoDataset(Dataset):
 
     def sizes(self, indices: Iterable[int]) -> list[tuple[int, int]]:
         """(height, width) of images before their transform, in pixels, without reading them."""
-        sizes = ((self.split.images[index].height, self.split.images[index].width) for index in indices)
+        sizes = (self.split.images.sizes[index, ::-1].tolist() for index in indices)
         return [tuple(resized_size(*size, *self.resize_to)) if self.resize_to else size for size in sizes]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:

@@ -49,7 +49,8 @@ def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
             else:
                 pairs = [(Path(name), Path(Path(name).name)) for name in sorted(glob.glob(text, recursive=True))]
             own = [source for source, _ in pairs if written.by(source) in (BY, run_folder.BY)]
-            pairs = [pair for pair in pairs if pair[0] not in own]
+            left_out = set(own)
+            pairs = [pair for pair in pairs if pair[0] not in left_out]
         if own:
             warnings.warn(f"{text}: left out {len(own)} pictures that detr wrote, the first: {own[0]}", stacklevel=2)
         if not pairs:

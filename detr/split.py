@@ -72,7 +72,7 @@ class Split:
 
     json_path: Path
     image_dir: Path
-    images: Sequence[Annotated]  # kept as `Images`
+    images: Images  # or any iterable of `Annotated`
     categories: dict[int, str]  # id in the json -> name, in the order of labels
 
     def __post_init__(self) -> None:
