@@ -193,7 +193,7 @@ def model_of(content: dict[str, Any], path: Path) -> tuple[DeformableDETR, Confi
     weights = content.get("ema", content["model"])
     check_sizes(config, weights, len(content["class_names"]), path)
     model = build_model(dataclasses.replace(config, pretrained_backbone=False), len(content["class_names"]))
-    load_weights(model, weights, path)
+    model.load_state_dict(weights)
     return model, config
 
 
@@ -257,12 +257,6 @@ def config_of(content: dict[str, Any], path: Path) -> Config:
 def classes_of(content: dict[str, Any]) -> dict[int, str]:
     """Raw category id -> name of a loaded checkpoint, in the order of labels."""
     return dict(zip(content["category_ids"], content["class_names"], strict=True))
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load all of `weights`, which must fit `model` exactly: see `check_weights`."""
-    check_weights(model, weights, path)
-    model.load_state_dict(weights)
 
 
 def check_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-changed-data",
         action="store_true",
-        help="with --resume: go on although images or boxes are not those that the run began with",
+        help="with --resume: go on although images or boxes are not those that the run was trained on",
     )
     parser.add_argument(
         "--weights",
@@ -140,7 +140,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
 
         # the main process looks at the files first: one message for a fault, and no storm of reads
         splits = _load(data, config, categories, read_headers=True) if main else {}
-        content = resume.content_of(splits)
+        content = {name: split.content() for name, split in splits.items()}
         if main and options.resume:
             resume.check_same_data(state, content, path, options.accept_changed_data)
         data["content"] = distributed.from_main(lambda: content)

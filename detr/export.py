@@ -134,16 +134,7 @@ def _writer(path: Path) -> str | None:
                     return archive.read(name).decode()
                 if name.endswith(".wrapper_metadata.json"):  # of AOTInductor
                     return json.loads(archive.read(name)).get(WRITTEN_BY)
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-    ):
+    except (OSError, ValueError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError):
         pass
     return None
 

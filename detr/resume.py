@@ -8,7 +8,7 @@ from typing import Any
 from detr.checkpoint import CheckpointError
 from detr.config import short
 from detr.images import DataError
-from detr.split import Split, difference
+from detr.split import difference
 
 # flags of `detr train` that say where the data is: the folder, and names within it
 PLACES = ("data", "train_json", "train_images", "val_json", "val_images")
@@ -77,8 +77,3 @@ def check_same_data(state: dict[str, Any], content: dict[str, Any], path: Path, 
         )
     if text:
         warnings.warn(f"{path}: the data is not what this run was trained on: {text}", stacklevel=2)
-
-
-def content_of(splits: dict[str, Split]) -> dict[str, Any]:
-    """`Split.content` of each."""
-    return {name: split.content() for name, split in splits.items()}

@@ -63,7 +63,7 @@ def hold(out: Path, resume: bool) -> Iterator[None]:
                 folder.accept(found)
                 for name in ("metrics.jsonl", "nonfinite.jsonl") if found else ():
                     folder.note(name, None)
-        folder.claim(FILES)
+            folder.claim(FILES)
         remove_temporary(out, FILES)
         yield
     finally:

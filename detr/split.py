@@ -31,8 +31,9 @@ class Annotated:
 class Images(Sequence):
     """Many `Annotated`, kept as a few arrays: a process that loads images is sent these, and not a tensor for each box.
 
-    boxes [N, 4], labels, areas and crowd [N] are those of all images, one after the other; image i has the rows
-    `ends[i - 1]` to `ends[i]`.
+    Of the N images: ids, paths, sizes [N, 2] (width, height) in pixels, and ends [N]. Of the T boxes of all images, one
+    image after the other: boxes [T, 4], labels, areas and crowd [T], as in `Annotated`. Those of image i are the rows
+    from `ends[i - 1]` to `ends[i]`.
     """
 
     def __init__(self, images: Iterable[Annotated]) -> None:

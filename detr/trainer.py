@@ -297,9 +297,9 @@ class Trainer:
         checkpoint.check_weights(self.model, state["model"], path)
         if self.ema:
             checkpoint.check_weights(self.ema.module, state["ema"], path)
-        checkpoint.load_weights(self.model, state["model"], path)
+        self.model.load_state_dict(state["model"])
         if self.ema:
-            checkpoint.load_weights(self.ema.module, state["ema"], path)
+            self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(state["ema_steps"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

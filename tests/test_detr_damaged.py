@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from user_files import SMALL
 
 from detr import checkpoint, resume
 from detr.checkpoint import CheckpointError
@@ -19,7 +20,6 @@ from detr.weights import load_weights
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
-SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
 WRONG = [None, True, 7, -1, 1.5, math.inf, "x", b"x", [], [1], ["x", 2], {}, {"x": 1}, {1: "x"}, (), torch.zeros(3)]
 
 

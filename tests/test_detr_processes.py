@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from user_files import SMALL
 
 from detr import checkpoint, run_folder
 from detr.cli import main
@@ -27,7 +28,6 @@ from detr.transforms import training_transform
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
-SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
 OFFICIAL = preset(
     "tiny",
     **{"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "augment": "official"},

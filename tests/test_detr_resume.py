@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from user_files import assert_nothing_lost, snapshot
+from user_files import SMALL, assert_nothing_lost, snapshot
 
 from detr import checkpoint, record
 from detr.cli import main
@@ -21,7 +21,6 @@ from detr.trainer import Trainer
 from detr.visualize import plot_curves
 
 torch.set_num_threads(1)  # test processes share the cores
-SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from user_files import assert_nothing_lost, full_disk, read_only, snapshot
+from user_files import SMALL, assert_nothing_lost, full_disk, read_only, snapshot
 
 from detr import checkpoint, demo
 from detr.cli import main
@@ -17,7 +17,6 @@ from detr.model import build_model
 from detr.output import MANIFEST, Folder, OutputError
 
 torch.set_num_threads(1)  # test processes share the cores
-SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")

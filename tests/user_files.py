@@ -11,6 +11,9 @@ from pathlib import Path
 
 from detr.output import MANIFEST
 
+# flags of `detr train` for a model that is quick to train
+SMALL = ["--set", "d_model=32", "--set", "n_heads=2", "--set", "ffn_dim=32", "--image-size", "64", "--batch-size", "2"]
+
 
 def snapshot(root: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder."""
