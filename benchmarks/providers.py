@@ -53,7 +53,13 @@ def compiled_grid_sample(x: Inputs) -> Tensor:
 
 
 def _ours(x: Inputs, backend: str) -> Tensor:
-    return ms_deform_attn(x.value, x.shapes, x.locations, x.weights, level_start_index=x.starts, backend=backend)
+    """As a detector calls it: the host knows the sizes of the levels."""
+    return ms_deform_attn(x.value, x.workload.levels, x.locations, x.weights, backend=backend)
+
+
+def triton_tensors(x: Inputs) -> Tensor:
+    """Sizes and starts that only the device knows, as the callers of the 2020 extension pass them."""
+    return ms_deform_attn(x.value, x.shapes, x.locations, x.weights, level_start_index=x.starts, backend="triton")
 
 
 def triton_unfused(x: Inputs) -> Tensor:
@@ -62,9 +68,7 @@ def triton_unfused(x: Inputs) -> Tensor:
 
 
 def triton_fused(x: Inputs) -> Tensor:
-    return ms_deform_attn_fused(
-        x.value, x.shapes, x.reference_points, x.offsets, x.logits, level_start_index=x.starts, backend="triton"
-    )
+    return ms_deform_attn_fused(x.value, x.workload.levels, x.reference_points, x.offsets, x.logits, backend="triton")
 
 
 def torch_ms_deform_attn(x: Inputs) -> Tensor:
@@ -124,6 +128,7 @@ PROVIDERS = {
     "fallback": Provider(functools.partial(_ours, backend="torch")),
     "inductor": Provider(functools.partial(_ours, backend="inductor")),
     "triton": Provider(functools.partial(_ours, backend="triton"), graph=True),
+    "triton_tensors": Provider(triton_tensors, graph=True),
     "triton_unfused": Provider(triton_unfused, _FUSED_LEAVES, graph=True),
     "triton_fused": Provider(triton_fused, _FUSED_LEAVES, graph=True),
     "torch_ms_deform_attn": Provider(torch_ms_deform_attn),
@@ -141,5 +146,5 @@ def available(device: str, interpreter: bool) -> list[str]:
     if device == "cpu":
         names.append("inductor")
     if device != "cpu" or interpreter:
-        names += ["triton", "triton_unfused", "triton_fused"]
+        names += ["triton", "triton_tensors", "triton_unfused", "triton_fused"]
     return names + [peer for peer in _PEERS if importlib.util.find_spec(peer)]

@@ -1,20 +1,22 @@
 """Time every kernel configuration on this GPU, and print lines for `TABLE` of `msda_triton/kernels/plan.py`.
 
     python -m benchmarks.tune
+    python -m benchmarks.tune --compile 0/8                   # only compile, the first of eight parts: for many cores
     TRITON_INTERPRET=1 python -m benchmarks.tune --dry-run    # rehearsed on a CPU; its times mean nothing
 
 Workloads, dtypes and location distributions are those of the benchmark; a kind of call gets the configuration whose
-slowdown against the best of each case, averaged over its cases, is the least. Writes all times as CSV. The host knows
-the sizes of the levels, as in a detector: encoders take their queries in rectangles.
+slowdown against the best of each case, averaged over its cases, is the least. Writes all times as CSV, each when it is
+known. The host knows the sizes of the levels, as in a detector: encoders take their queries in rectangles.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from msda_triton.kernels import launch
 from msda_triton.kernels import plan as plans
 
 CPU = torch.device("cpu")
+COLUMNS = ("workload", "distribution", "dtype", "provider", "direction", "kind", "config", "ms")
 
 
 def calls_of(x: Inputs) -> dict[str, Call]:
@@ -39,23 +42,36 @@ def calls_of(x: Inputs) -> dict[str, Call]:
     }
 
 
-def time_call(call: Call, grad_out: torch.Tensor, repeat_ms: float) -> Iterator[tuple[str, str, str, float]]:
-    """(direction, kind of the call, configuration, ms) of every configuration of both directions."""
-    time = TIMERS["wall" if call.value.device.type == "cpu" else "events"]
+def runs_of(call: Call, grad_out: torch.Tensor) -> Iterator[tuple[str, str, str, plans.Plan, Callable]]:
+    """(direction, kind of the call, configuration, its plan, what runs it) of every configuration."""
     for direction, configs in plans.CONFIGS.items():
-        kind, times = plans.kind_of(call, direction), {}
+        kind = plans.kind_of(call, direction)
         for name in configs:
             plan = plans.named_plan(name, kind, architecture())
             if direction == "forward":
                 run = functools.partial(launch.forward, call, plan)
             else:
                 run = functools.partial(launch.backward, grad_out, call, [True, True, True, False], plan)
-            if plan not in times:  # configurations may become the same
-                try:
-                    times[plan] = time(run, repeat_ms)[0]
-                except plans.CANNOT_RUN:
-                    times[plan] = math.inf
-            yield direction, kind.name, name, times[plan]
+            yield direction, kind.name, name, plan, run
+
+
+def time_call(call: Call, grad_out: torch.Tensor, repeat_ms: float) -> Iterator[tuple[str, str, str, float]]:
+    """(direction, kind of the call, configuration, ms) of every configuration of both directions."""
+    time = TIMERS["wall" if call.value.device.type == "cpu" else "events"]
+    times = {}
+    for direction, kind, name, plan, run in runs_of(call, grad_out):
+        if (direction, plan) not in times:  # configurations may become the same
+            try:
+                times[direction, plan] = time(run, repeat_ms)[0]
+            except plans.CANNOT_RUN:
+                times[direction, plan] = math.inf
+        yield direction, kind, name, times[direction, plan]
+
+
+def compile_only(kernel, call: Call, arguments: dict, plan: plans.Plan) -> None:
+    """In the place of a launch: the kernel gets into Triton's cache on disk."""
+    given = arguments | plan.constants
+    kernel.warmup(*[given[name] for name in kernel.arg_names], grid=plan.grid(call), **plan.options)
 
 
 @functools.cache
@@ -87,6 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=float, default=20, help="ms per timing (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--compile", metavar="I/N", help="only compile every N-th kernel from the I-th on")
     args = parser.parse_args()
     if not (torch.cuda.is_available() or args.dry_run):
         parser.error("expected a GPU, torch finds none")
@@ -95,19 +112,32 @@ def main() -> None:
     device = "cpu" if args.dry_run else "cuda"
     workloads = args.workload or (DRY_WORKLOADS if args.dry_run else GPU_WORKLOADS)
     place = environment(device) | {"architecture": architecture()}
-    rows = []
-    for workload, dtype, distribution in ((w, t, d) for w in workloads for t in args.dtype for d in DISTRIBUTIONS):
-        x = make_inputs(WORKLOADS[workload], distribution, DTYPES[dtype], device)
-        for provider, call in calls_of(x).items():
-            case = {"workload": workload, "distribution": distribution, "dtype": dtype, "provider": provider}
-            for direction, kind, config, ms in time_call(call, gate.gradient(x), args.repeat):
-                rows.append(case | {"direction": direction, "kind": kind, "config": config, "ms": ms} | place)
-                print(*case.values(), direction, kind, f"{config}: {ms:.4f} ms", flush=True)
-    path = args.out / f"tune_{architecture()}.csv"
+    cases = [(w, t, d) for w in workloads for t in args.dtype for d in DISTRIBUTIONS]
+    if args.compile:
+        part, parts = map(int, args.compile.split("/"))
+        number = 0
+        for workload, dtype in dict.fromkeys((w, t) for w, t, _ in cases):
+            x = make_inputs(WORKLOADS[workload], "local", DTYPES[dtype], device)
+            for call in calls_of(x).values():
+                for *_, run in runs_of(call, gate.gradient(x)):
+                    if number % parts == part:
+                        with contextlib.suppress(*plans.CANNOT_RUN):
+                            run(run=compile_only)
+                    number += 1
+        return
+    rows, path = [], args.out / f"tune_{architecture()}.csv"
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(file, [*COLUMNS, *place], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for workload, dtype, distribution in cases:
+            x = make_inputs(WORKLOADS[workload], distribution, DTYPES[dtype], device)
+            for provider, call in calls_of(x).items():
+                case = workload, distribution, dtype, provider
+                for found in time_call(call, gate.gradient(x), args.repeat):
+                    rows.append(dict(zip(COLUMNS, (*case, *found), strict=True)))
+                    writer.writerow(rows[-1] | place)
+                    file.flush()
+                    print(*case, *found[:3], f"{found[3]:.4f} ms", flush=True)
     print(f"wrote {path}; for TABLE, with the mean slowdown against the best of each case:")
     for (direction, kind), (config, slowdown) in best_of(rows).items():
         print(f'TABLE["{direction}", "{kind}"]["{architecture()}"] = "{config}"  # {slowdown:.3f}')

@@ -1,7 +1,8 @@
 """Random calls of the operator, compared with an oracle that shares no code with the package: NumPy in float64.
 
     python -m tests.fuzz --backend torch --calls 10000
-    python -m tests.fuzz --backend triton --calls 1500        # interpreted without a GPU
+    python -m tests.fuzz --backend triton --calls 1500        # interpreted
+    python -m tests.fuzz --backend triton --device cuda       # compiled and run on a GPU
 
 A call is any that the docstrings allow: sizes from 0, every dtype in every place, strides, forms of the sizes, levels
 out of order, overlapping or apart, plain and fused, bilinear and discrete, deterministic, under autocast, after a dry
@@ -16,14 +17,16 @@ import re
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from unittest import mock
 
-if __name__ == "__main__":  # before Triton decorates a kernel
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():  # before Triton decorates a kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import numpy as np
-import torch
 from torch import Tensor
 
 from msda_triton import ms_deform_attn, ms_deform_attn_fused
@@ -43,8 +46,8 @@ def sizes_in_form(call: Call, x: Inputs):
     if call.form == "array":
         return np.array(call.levels), np.array(x.first) if given else None
     dtype = getattr(torch, call.form)
-    sizes = torch.tensor(call.levels, dtype=dtype, device="cpu")
-    return sizes, torch.tensor(x.first, dtype=dtype, device="cpu") if given else None
+    sizes = torch.tensor(call.levels, dtype=dtype, device=x.memory.device)
+    return sizes, torch.tensor(x.first, dtype=dtype, device=x.memory.device) if given else None
 
 
 def run(call: Call, x: Inputs, backend: str, inputs: list[Tensor | None]) -> Tensor:
@@ -106,7 +109,8 @@ def results(call: Call, x: Inputs, backend: str) -> list[Tensor | None]:
 
     def autocast(part: str):
         on = call.autocast in (part, "both")
-        return torch.autocast("cpu", call.autocast_dtype) if on else contextlib.nullcontext()
+        device = x.memory.device.type
+        return torch.autocast(device, call.autocast_dtype) if on else contextlib.nullcontext()
 
     with autocast("forward"):
         out = run(call, x, backend, inputs)
@@ -118,7 +122,15 @@ def results(call: Call, x: Inputs, backend: str) -> list[Tensor | None]:
     return [out.detach(), *(next(grads) if w else None for w in wanted)]
 
 
-def faults(call: Call, backend: str) -> list[str]:
+def on_device(x: Inputs, device: str) -> Inputs:
+    """The same numbers in the same layouts."""
+    memory = x.memory.to(device)
+    tensors = {name: t.to(device) for name, t in vars(x).items() if isinstance(t, Tensor)}
+    value = memory.as_strided(x.value.shape, x.value.stride(), x.value.storage_offset())
+    return replace(x, **tensors | {"memory": memory, "value": value})
+
+
+def faults(call: Call, backend: str, device: str = "cpu") -> list[str]:
     """What is wrong with a call's results, in a line each."""
     x = make_inputs(call)
     memory = x.memory.clone()
@@ -129,9 +141,10 @@ def faults(call: Call, backend: str) -> list[str]:
         fixed_point(call, x, want[1], torch.float64 if double else torch.float32)
     torch.use_deterministic_algorithms(call.deterministic)
     try:
+        x = x if device == "cpu" else on_device(x, device)
         try_before(call, x, backend)
-        got = results(call, x, backend)
-        found = [] if same_bits(memory, x.memory) else ["value, or what lies around it, was written to"]
+        got = [None if t is None else t.cpu() for t in results(call, x, backend)]
+        found = [] if same_bits(memory, x.memory.cpu()) else ["value, or what lies around it, was written to"]
         for name, like, result, number in zip(NAMES, tensors, got, want, strict=False):
             if result is not None and (fault := difference(result, like, number, double)):
                 found.append(f"{name}: {fault}")
@@ -149,7 +162,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help='"exported": as torch.export sees it')
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--calls", type=int, default=1000, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="no call begins later (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the calls (default: %(default)s)")
     parser.add_argument("--show", type=int, default=5, help="wrong calls that are printed whole (default: %(default)s)")
     args = parser.parse_args()
@@ -163,8 +180,10 @@ def main() -> int:
     )  # fmt: skip
     @hypothesis.given(call=calls(small=args.backend == "triton"))
     def count(call: Call) -> None:
+        if time.perf_counter() - begin > args.seconds:
+            return
         kinds.update(["calls", call.method, "fused" if call.fused else "plain", *["strange contents"] * any(call.wild)])
-        if found := faults(call, args.backend):
+        if found := faults(call, args.backend, args.device):
             wrong.append((call, found))
             if len(wrong) <= args.show:
                 print(call, *found, sep="\n    ", flush=True)
@@ -174,7 +193,7 @@ def main() -> int:
     for what, number in sorts.most_common():
         print(f"{number:6} {what}")
     shares = ", ".join(f"{n} {name}" for name, n in kinds.most_common())
-    print(f"{args.backend}: {shares}: {len(wrong)} wrong, in {time.perf_counter() - begin:.0f} s")
+    print(f"{args.backend} on {args.device}: {shares}: {len(wrong)} wrong, in {time.perf_counter() - begin:.0f} s")
     return min(len(wrong), 1)
 
 
