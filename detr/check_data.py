@@ -1,20 +1,31 @@
 """Every fault of a COCO-format dataset that would spoil a training, found before it starts."""
 
+import filecmp
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from detr.config import Config
-from detr.images import DataError, read_image, read_size
+from detr.images import DEEP, DEFAULT_READING, DataError, Reading, read_header, read_image
 from detr.progress import progress
+from detr.split import LARGEST_AREA, Split
+from detr.summary import boxes_per_class, tokens
 from detr.transforms import resized_size
 
 # boxes that reach beyond the image by rounding only are clipped, not refused
 _BORDER = 1.0
+_INTEGERS = {
+    "categories": ("id",),
+    "images": ("id", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "iscrowd"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,26 +59,61 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: line {error.lineno} column {error.colno}: not json: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start}: not json: {error.reason}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"{path}: not a dataset: {error}") from None
 
 
-def check_split(json_path: Path, image_dir: Path, look: str) -> tuple[Any, list[Problem]]:
+def check_split(
+    json_path: Path,
+    image_dir: Path,
+    look: str,
+    categories: dict[int, str] | None = None,
+    config: Config | None = None,
+    reading: Reading = DEFAULT_READING,
+) -> tuple[Any, list[Problem]]:
     """The parsed json of a split and all its faults; the image files are looked at if the json has no fatal one.
 
     Args:
         look: at all "pixels" of the images, which finds truncated files, at their "headers", or at the "json" only.
+        categories: those of the training, id -> name, which the split has to keep to; None for the training itself.
+        config: of the model; also says what does not go well with it.
 
     Raises:
         DataError: the json is missing or does not parse.
     """
-    data = read_json(json_path)
-    problems = check_annotations(data, str(json_path))
-    if look != "json" and not any(problem.fatal for problem in problems):
-        problems += _check_images(data, image_dir, str(json_path), decode=look == "pixels")
+    data, file = read_json(json_path), str(json_path)
+    checks = [
+        lambda: check_annotations(data, file),
+        lambda: _check_classes(data, categories, file),
+        lambda: _check_images(data, image_dir, file, look == "pixels", reading) if look != "json" else (),
+        lambda: check_against(data, config, file) if config else (),
+    ]
+    problems: list[Problem] = []
+    for check in checks:
+        if not any(problem.fatal for problem in problems):
+            problems += check()
     return data, problems
 
 
+def check_pair(train: Split, val: Split) -> list[Problem]:
+    """Images of `val` that are images of `train` too, byte for byte; none of it is fatal."""
+    in_train = dict(zip(train.file_digests, train.images.paths, strict=True))
+    problems = []
+    for digest, image_id, path in zip(val.file_digests, val.images.ids, val.images.paths, strict=True):
+        other = in_train.get(digest)
+        if other is not None and (os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)):
+            message = f"{path} is {other}, an image of the training: what is measured on it says nothing of new images"
+            entry = f"image {image_id}"
+            problems.append(Problem(str(val.json_path), "seen in training", entry, "file_name", message, False))
+    return problems
+
+
 def check_annotations(data: Any, file: str) -> list[Problem]:
-    """Faults of a parsed json `file`, the images themselves left aside. Empty if there is none."""
+    """Faults of a parsed json `file`, the images themselves left aside. Empty if there is none.
+
+    In `data` integers that were written as floats (64.0) become integers, and an optional field that is null is left
+    out.
+    """
     if not isinstance(data, dict):
         return [Problem(file, "structure", "", "", f"expected a json object, got {_short(data)}")]
     problems = []
@@ -81,33 +127,69 @@ def check_annotations(data: Any, file: str) -> list[Problem]:
             problems.append(Problem(file, "empty", "", field, "the dataset is empty: expected at least one entry"))
     if any(problem.kind == "structure" for problem in problems):
         return problems
+    _tidy(data)
     problems += _check_categories(data, file)
     problems += _check_image_entries(data, file)
     problems += _check_boxes(data, file)
     if not any(problem.fatal for problem in problems):
+        problems += _check_units(data, file)
         problems += _check_objects(data, file)
     return problems
 
 
-def _check_images(data: dict[str, Any], image_dir: Path, file: str, decode: bool) -> Iterator[Problem]:
-    for entry in progress(data["images"], desc=f"checking {file}", leave=False, delay=2):
-        path = image_dir / entry["file_name"]
-        size = (entry["width"], entry["height"])
+def _tidy(data: dict[str, Any]) -> None:
+    for part, fields in _INTEGERS.items():
+        for entry in data[part]:
+            for field in fields:
+                value = entry.get(field)
+                if isinstance(value, float) and value.is_integer():
+                    entry[field] = int(value)
+    for annotation in data["annotations"]:
+        for field in ("area", "iscrowd"):
+            if annotation.get(field, 0) is None:
+                del annotation[field]
+
+
+def _check_classes(data: dict[str, Any], categories: dict[int, str] | None, file: str) -> Iterator[Problem]:
+    if categories is None:
+        return
+    id_of = {name: category_id for category_id, name in categories.items()}
+    for category in data["categories"]:
+        category_id, name = category["id"], category["name"]
+        if categories.get(category_id) != name:
+            expected = f"{categories[category_id]!r}" if category_id in categories else "no such category"
+            hint = f", which is category {id_of[name]} there" if name in id_of else ""
+            message = f"expected {expected}, got {name!r}: classes must be those of the training{hint}"
+            yield Problem(file, "class", f"category {category_id}", "name", message)
+
+
+def _check_images(
+    data: dict[str, Any], image_dir: Path, file: str, decode: bool, reading: Reading
+) -> Iterator[Problem]:
+    for image in progress(data["images"], desc=f"checking {file}", leave=False, delay=2):
+        path, entry = image_dir / image["file_name"], _name("image", image)
+        size = (image["width"], image["height"])
         try:
+            header = read_header(path, size, reading)
             if decode:
-                read_image(path, size)
-            else:
-                stored = read_size(path)
-                if size not in (stored, stored[::-1]):
-                    raise DataError(f"the image is {stored[0]}x{stored[1]} pixels, expected {size[0]}x{size[1]}")
+                read_image(path, size, reading)
         except DataError as error:
-            yield Problem(file, "image file", _name("image", entry), "file_name", f"{path}: {error}")
+            yield Problem(file, "image file", entry, "file_name", f"{path}: {error}")
+            continue
+        if header.doubtful:
+            message = (
+                f"{path}: EXIF orientation {header.orientation}, and width and height fit the turned pixels as well as "
+                "the stored ones: boxes are taken to be of the turned; if they are not, --exif ignore"
+            )
+            yield Problem(file, "orientation in doubt", entry, "file_name", message, False)
+        if header.deep:
+            yield Problem(file, "deep grey", entry, "file_name", f"{path}: {DEEP}", False)
 
 
 def check_against(data: dict[str, Any], config: Config, file: str) -> list[Problem]:
     """What of a faultless dataset does not go well with a model; none of it is fatal."""
     problems = []
-    for category_id, count in _per_class(data).items():
+    for category_id, count in boxes_per_class(data).items():
         if not count:
             message = "no box is of this class, so it cannot be learned or evaluated"
             problems.append(Problem(file, "class without examples", f"category {category_id}", "", message, False))
@@ -125,62 +207,6 @@ def check_against(data: dict[str, Any], config: Config, file: str) -> list[Probl
             )
             problems.append(Problem(file, "few tokens", entry, "", message, False))
     return problems
-
-
-def tokens(size: tuple[int, int] | list[int], config: Config) -> int:
-    """Tokens of all levels of an image of (height, width) pixels in the model."""
-    strides = [8, 16, 16 if config.dilation else 32][-config.n_levels :]
-    strides += [strides[-1] * 2 ** (i + 1) for i in range(config.n_levels - 3)]
-    return sum(math.ceil(size[0] / stride) * math.ceil(size[1] / stride) for stride in strides)
-
-
-def _per_class(data: dict[str, Any]) -> dict[int, int]:
-    """Boxes of each category id, crowds apart."""
-    counts = Counter(a["category_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
-    return {category["id"]: counts[category["id"]] for category in data["categories"]}
-
-
-def summary(data: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Counts of a faultless dataset, and its sizes in the model of `config`: see `summary_table`."""
-    objects = Counter(a["image_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
-    per_class, names = _per_class(data), {category["id"]: category["name"] for category in data["categories"]}
-    sizes = {(image["height"], image["width"]) for image in data["images"]}
-    resized = [resized_size(*size, config.image_size, config.max_size) for size in sizes]
-    return {
-        "images": len(data["images"]),
-        "images_without_objects": sum(image["id"] not in objects for image in data["images"]),
-        "objects": sum(objects.values()),
-        "crowds": sum(bool(a.get("iscrowd", 0)) for a in data["annotations"]),
-        "most_objects_in_an_image": max(objects.values(), default=0),
-        "annotation_id_0": sum(a["id"] == 0 for a in data["annotations"]),
-        "objects_per_class": {names[category_id]: count for category_id, count in per_class.items()},
-        "shortest_side": [min(min(size) for size in sizes), max(min(size) for size in sizes)],
-        "shortest_side_resized": [min(min(size) for size in resized), max(min(size) for size in resized)],
-        "tokens": [min(tokens(size, config) for size in resized), max(tokens(size, config) for size in resized)],
-        "n_queries": config.n_queries,
-    }
-
-
-def summary_table(counts: dict[str, Any]) -> str:
-    """A `summary` for people."""
-
-    def span(name: str) -> str:
-        low, high = counts[name]
-        return str(low) if low == high else f"{low} to {high}"
-
-    rows = [
-        ("images", f"{counts['images']}, {counts['images_without_objects']} of them without objects"),
-        ("objects", f"{counts['objects']}, and {counts['crowds']} crowds, which are not trained on"),
-        ("most in one image", f"{counts['most_objects_in_an_image']}; the model has {counts['n_queries']} queries"),
-        ("shortest side", f"{span('shortest_side')} pixels; {span('shortest_side_resized')} in the model"),
-        ("tokens", f"{span('tokens')} of an image in the model"),
-    ]
-    if counts["annotation_id_0"]:
-        rows.append(("annotation id 0", "is renumbered here; pycocotools alone would take it for a miss"))
-    most, total = max(counts["objects_per_class"].values()), max(1, counts["objects"])
-    for name, count in counts["objects_per_class"].items():
-        rows.append((name, f"{count:>7} {100 * count / total:5.1f} %  {'#' * round(30 * count / max(1, most))}"))
-    return "\n".join(f"  {name:<20} {text}" for name, text in rows)
 
 
 def by_kind(problems: list[Problem]) -> list[str]:
@@ -210,7 +236,7 @@ def _check_categories(data: dict[str, Any], file: str) -> Iterator[Problem]:
 
 
 def _check_image_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
-    ids = set()
+    ids, files = set(), {}
     for i, image in enumerate(data["images"]):
         entry = _name("image", image, i)
         image_id, file_name = image.get("id"), image.get("file_name")
@@ -222,17 +248,19 @@ def _check_image_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
         for field in ("width", "height"):
             if not _is_int(image.get(field)) or image[field] < 1:
                 got = _short(image.get(field))
-                yield Problem(file, "image", entry, field, f"expected a positive number of pixels, got {got}")
+                yield Problem(file, "image", entry, field, f"expected a positive integer, pixels, got {got}")
         if not isinstance(file_name, str) or not file_name:
             yield Problem(file, "image", entry, "file_name", f"expected a text, got {_short(file_name)}")
         elif _climbs_out(file_name):
             yield Problem(file, "image", entry, "file_name", f"{file_name!r} leads out of the image folder")
+        elif (first := files.setdefault(PurePosixPath(file_name), entry)) != entry:
+            yield Problem(file, "image", entry, "file_name", f"{file_name!r} is the file of {first} too")
 
 
 def _check_boxes(data: dict[str, Any], file: str) -> Iterator[Problem]:
     categories = {_hashable(category.get("id")) for category in data["categories"]}
     images = {_hashable(image.get("id")): image for image in data["images"]}
-    ids = set()
+    ids, seen = set(), {}
     for i, annotation in enumerate(data["annotations"]):
         entry = _name("annotation", annotation, i)
         annotation_id = annotation.get("id")
@@ -243,34 +271,65 @@ def _check_boxes(data: dict[str, Any], file: str) -> Iterator[Problem]:
         ids.add(_hashable(annotation_id))
         for field, known in (("image_id", images), ("category_id", categories)):
             value = annotation.get(field)
-            if _hashable(value) not in known:
+            if not _is_int(value):
+                yield Problem(file, field, entry, field, f"expected an integer, got {_short(value)}")
+            elif value not in known:
                 declared = f"none of the {len(known)} that the file declares"
                 yield Problem(file, field, entry, field, f"{_short(value)} is {declared}")
         if annotation.get("iscrowd", 0) not in (0, 1):
             got = _short(annotation["iscrowd"])
             yield Problem(file, "annotation", entry, "iscrowd", f"expected 0 or 1, got {got}")
         area = annotation.get("area", 0)
-        if not _is_number(area) or area < 0:
+        if not isinstance(area, int | float) or isinstance(area, bool) or not 0 <= area < math.inf:
             yield Problem(file, "annotation", entry, "area", f"expected square pixels, got {_short(area)}")
-        yield from _check_box(annotation.get("bbox"), images.get(_hashable(annotation.get("image_id"))), file, entry)
+        elif area > LARGEST_AREA:
+            message = f"{_short(area)} square pixels is beyond COCO's largest area, 1e10: that of the box is taken"
+            yield Problem(file, "area", entry, "area", message, fatal=False)
+        box, image = annotation.get("bbox"), images.get(_hashable(annotation.get("image_id")))
+        problem = _box_problem(box, image, file, entry)
+        if problem:
+            yield problem
+        elif image and (first := seen.setdefault((image["id"], annotation.get("category_id"), *box), entry)) != entry:
+            yield Problem(file, "box twice", entry, "bbox", f"{box} is the box of {first} too", fatal=False)
 
 
-def _check_box(box: Any, image: dict[str, Any] | None, file: str, entry: str) -> Iterator[Problem]:
+def _box_problem(box: Any, image: dict[str, Any] | None, file: str, entry: str) -> Problem | None:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        yield Problem(file, "box", entry, "bbox", f"expected 4 finite numbers x, y, width, height, got {_short(box)}")
-        return
+        message = f"expected 4 finite numbers x, y, width, height, got {_short(box)}"
+        return Problem(file, "box", entry, "bbox", message)
     x, y, width, height = box
     if width < 0 or height < 0:
-        yield Problem(file, "box", entry, "bbox", f"expected a width and height of at least 0, got {box}")
-    elif width == 0 or height == 0:
-        yield Problem(file, "zero area", entry, "bbox", f"a box of zero area, {box}", fatal=False)
-    elif image is not None and _is_int(image.get("width")) and _is_int(image.get("height")):
-        right, bottom = image["width"] + _BORDER, image["height"] + _BORDER
-        if x < -_BORDER or y < -_BORDER or x + width > right or y + height > bottom:
-            size = f"{image['width']}x{image['height']}"
-            yield Problem(file, "box", entry, "bbox", f"{box} reaches outside its image of {size} pixels")
-        elif not _has_area(box, image):
-            yield Problem(file, "zero area", entry, "bbox", f"nothing of {box} is inside its image", fatal=False)
+        return Problem(file, "box", entry, "bbox", f"expected a width and height of at least 0, got {box}")
+    if width == 0 or height == 0:
+        return Problem(file, "zero area", entry, "bbox", f"a box of zero area, {box}, is left out", fatal=False)
+    if image is None or not _is_int(image.get("width")) or not _is_int(image.get("height")):
+        return None
+    right, bottom = image["width"] + _BORDER, image["height"] + _BORDER
+    if x < -_BORDER or y < -_BORDER or x + width > right or y + height > bottom:
+        corners = x < width <= right and y < height <= bottom
+        hint = ", as corners x0, y0, x1, y1 would not: expected x, y, width, height" if corners else ""
+        message = f"{box} reaches outside its image of {image['width']}x{image['height']} pixels{hint}"
+        return Problem(file, "box", entry, "bbox", message)
+    if not _has_area(box, image):
+        return Problem(file, "zero area", entry, "bbox", f"nothing of {box} is inside its image", fatal=False)
+    return None
+
+
+def _check_units(data: dict[str, Any], file: str) -> Iterator[Problem]:
+    """Boxes in fractions of the image: fatal if all are, because some may be slivers in a corner."""
+    images = {image["id"]: image for image in data["images"]}
+    boxes = [a for a in data["annotations"] if all(side > 0 for side in a["bbox"][2:])]
+    within = [a for a in boxes if all(-0.1 <= value <= 1.1 for value in a["bbox"])]
+    for annotation in within:
+        width, height = (images[annotation["image_id"]][side] for side in ("width", "height"))
+        if min(width, height) > 2:
+            message = (
+                f"{annotation['bbox']} in an image of {width}x{height}: expected x, y, width, height in pixels, and "
+                "this looks like fractions of the image, as in YOLO's files"
+            )
+            yield Problem(
+                file, "fractions", _name("annotation", annotation), "bbox", message, len(within) == len(boxes)
+            )
 
 
 def _check_objects(data: dict[str, Any], file: str) -> Iterator[Problem]:
@@ -287,11 +346,11 @@ def _check_objects(data: dict[str, Any], file: str) -> Iterator[Problem]:
 
 
 def _has_area(box: list[float], image: dict[str, Any]) -> bool:
-    # as detr.data makes corners of it: a width may be too small to count beside x
+    # as detr.data makes float32 corners of it: a width may be too small to count beside x
     x, y, width, height = map(float, box)
-    columns = min(x + width, image["width"]) - max(x, 0)
-    rows = min(y + height, image["height"]) - max(y, 0)
-    return columns > 0 and rows > 0
+    left, right = np.float32(max(x, 0)), np.float32(min(x + width, image["width"]))
+    top, bottom = np.float32(max(y, 0)), np.float32(min(y + height, image["height"]))
+    return bool(right > left and bottom > top)
 
 
 def _climbs_out(file_name: str) -> bool:

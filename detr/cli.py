@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from detr import checkpoint, run_folder
-from detr.check_data import by_kind, check_against, check_split, summary, summary_table
+from detr.check_data import by_kind, check_pair, check_split
 from detr.checkpoint import CheckpointError
-from detr.cli_train import add_flags, run_folder_of, run_training, scaled_preset
+from detr.cli_train import add_flags, add_reading_flags, reading_of, run_folder_of, run_training, scaled_preset
 from detr.config import PRESETS
-from detr.data import find_split, load_split, validation_loader
+from detr.data import find_split, load_split, make_split, validation_loader
 from detr.distributed import ProcessError
 from detr.evaluate import evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
@@ -27,6 +27,7 @@ from detr.output import MARKED, Folder, OutputError, claim_file, json_of, pictur
 from detr.postprocess import NotFiniteError, best_of_each_query
 from detr.predict import find_images, load_pixels, predict
 from detr.sampling import draw_sampling_points, sampling_points
+from detr.summary import summary, summary_table
 from detr.synth import write_dataset
 from detr.trainer import TrainingError
 from detr.weights import export_weights
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("data", type=Path, help="folder of the dataset")
     _add_split_names(check, "train")
     _add_split_names(check, "val")
+    add_reading_flags(check)
     check.add_argument(
         "--preset",
         choices=PRESETS,
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--data", type=Path, help="folder of a COCO-format dataset")
     _add_split_names(training, "train")
     _add_split_names(training, "val")
+    add_reading_flags(training)
     add_flags(training)
     _add_device_and_workers(training)
 
@@ -137,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--images", type=Path, help="image folder, if its name is another")
     evaluation.add_argument("--annotations", type=Path, help="json, if its name is another")
     evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    add_reading_flags(evaluation)
     evaluation.add_argument("--batch-size", type=_at_least(1), help="images of one size at once (as in the training)")
     evaluation.add_argument("--out", type=Path, help="also write the metrics to this json file")
     _add_device_and_workers(evaluation)
@@ -145,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     prediction.add_argument(
         "inputs", nargs="+", metavar="IMAGE", help="image, folder, glob pattern, or .txt file with one of these a line"
     )
+    add_reading_flags(prediction)
     prediction.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     prediction.add_argument("--out", type=Path, default=Path("runs/predict"), help="folder to write to (%(default)s)")
     prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1 (%(default)s)")
@@ -159,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     inspection = add("inspect", _inspect, "Say what a checkpoint is; with --image, draw where one query looks.")
     inspection.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
     inspection.add_argument("--image", type=Path, help="draw the sampling points of a query on this image")
+    add_reading_flags(inspection)
     inspection.add_argument("--query", type=_at_least(0), help="number of the query (the one with the best score)")
     inspection.add_argument(
         "--layer", type=_at_least(1), help="decoder layer whose points are drawn, from 1 (the last)"
@@ -237,17 +243,20 @@ def _check_data(options: argparse.Namespace) -> int:
         claim_file(options.json, "detr check-data")
     overrides = {name: getattr(options, name) for name in ("image_size", "n_queries") if getattr(options, name)}
     config = scaled_preset(options.preset, None, **overrides)
-    report, fatal = {}, 0
+    report, fatal, splits, reading = {}, 0, {}, reading_of(vars(options))
     for split in ("train", "val"):
         json_path, image_dir = find_split(
             options.data, split, getattr(options, f"{split}_json"), getattr(options, f"{split}_images")
         )
-        data, problems = check_split(json_path, image_dir, look="pixels")
+        categories = splits["train"].categories if splits else None
+        data, problems = check_split(json_path, image_dir, "pixels", categories, config, reading)
         print(f"{json_path}, for {config.name} at {config.image_size} pixels")
         if not any(problem.fatal for problem in problems):
             report[split] = summary(data, config)
-            problems += check_against(data, config, str(json_path))
+            splits[split] = make_split(data, json_path, image_dir, categories, reading)
             print(summary_table(report[split]))
+        if len(splits) == 2:
+            problems += check_pair(splits["train"], splits["val"])
         for line in by_kind(problems):
             print(f"  {line}")
         report[f"{split}_problems"] = [vars(problem) for problem in problems]
@@ -268,7 +277,7 @@ def _eval(options: argparse.Namespace) -> int:
         claim_file(options.out, "detr eval")
     model, config, categories = checkpoint.load_model(options.checkpoint, device)
     files = find_split(options.data, options.split, options.annotations, options.images)
-    split = load_split(*files, categories)
+    split = load_split(*files, categories, reading=reading_of(vars(options)))
     val = validation_loader(split, config, device, options.workers, options.batch_size)
     metrics, table = evaluate(model, val, device)
     print(table, per_class_table(metrics), sep="\n")
@@ -281,8 +290,9 @@ def _predict(options: argparse.Namespace) -> int:
     device = _device(options)
     images = find_images(options.inputs)
     model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    reading = reading_of(vars(options))
     results, unreadable = predict(
-        model, config, categories, images, options.out, options.threshold, device, options.batch_size
+        model, config, categories, images, options.out, options.threshold, device, options.batch_size, reading
     )
     for message in unreadable:
         print(f"warning: {message}", file=sys.stderr)
@@ -303,7 +313,7 @@ def _inspect(options: argparse.Namespace) -> int:
     print(checkpoint.describe(content, model))
     if not options.image:
         return 0
-    picture = read_image(options.image)
+    picture = read_image(options.image, None, reading_of(vars(options)))
     layer = options.layer or config.dec_layers
     if layer > config.dec_layers:
         raise DataError(f"--layer: expected at most {config.dec_layers}, got {layer}")

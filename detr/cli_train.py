@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from detr import checkpoint, distributed, resume, run_folder
+from detr.check_data import check_pair
 from detr.config import BACKENDS, PRESETS, RECIPE_FIELDS, RECIPES, Config, departures, preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import find_split, load_split, raise_or_warn, validation_loader
 from detr.engine import train
-from detr.images import DataError
+from detr.images import MAX_PIXELS, DataError, Reading
 from detr.split import Split
 from detr.trainer import Trainer
 from detr.weights import Report, load_weights
@@ -90,6 +91,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="any other field of the config (detr/config.py lists them), value as json; may be repeated",
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases, if installed")
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how image files are read: see `reading_of`."""
+    parser.add_argument(
+        "--exif",
+        choices=("turn", "ignore"),
+        help="turn pixels as their EXIF orientation says, where width and height of the json do not say that the boxes "
+        "are of the stored ones; or ignore it: pixels as they are stored (turn)",
+    )
+    parser.add_argument(
+        "--large-images",
+        action="store_true",
+        help=f"also read images of more than {MAX_PIXELS / 1e6:.0f} million pixels (refused, as files that are made to "
+        "fill the memory)",
+    )
+
+
+def reading_of(flags: dict[str, Any]) -> Reading:
+    """How image files are read, from the values of `add_reading_flags`, which may be absent."""
+    return Reading(flags.get("exif") or "turn", bool(flags.get("large_images")))
 
 
 def _flag(name: str) -> str:
@@ -196,6 +218,7 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         raise DataError("--data: expected the folder of a dataset, got nothing")
     data: dict[str, Any] = _places(options)
+    data |= {name: value for name in ("exif", "large_images") if (value := getattr(options, name))}
     if options.wandb:
         if not importlib.util.find_spec("wandb"):
             raise DataError("--wandb: the package wandb is not installed")
@@ -210,8 +233,10 @@ def _load(
     for name in ("train", "val"):
         given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
         files = find_split(Path(data["data"]), name, *given)
-        splits[name] = load_split(*files, categories, read_headers, config)
+        splits[name] = load_split(*files, categories, read_headers, config, reading_of(data))
         categories = splits[name].categories
+    if read_headers:
+        raise_or_warn(check_pair(splits["train"], splits["val"]))
     return splits
 
 
@@ -281,9 +306,8 @@ def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
 
 def _resumed_config(options: argparse.Namespace, state: dict[str, Any], path: Path) -> Config:
     changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
-    changed += [
-        name for name in ("preset", "out", "recipe", "wandb", "weights", "no_pretrained") if getattr(options, name)
-    ]
+    others = ("preset", "out", "recipe", "wandb", "weights", "no_pretrained", "exif", "large_images")
+    changed += [name for name in others if getattr(options, name)]
     if changed:
         raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
     config = checkpoint.config_of(state, path)

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr import distributed
-from detr.check_data import Problem, by_kind, check_against, check_split
+from detr.check_data import Problem, by_kind, check_split
 from detr.config import Config
-from detr.images import DataError, read_image, to_tensor
+from detr.images import DEFAULT_READING, DataError, Reading, read_image, to_tensor
 from detr.progress import progress
-from detr.split import Annotated, Split
+from detr.split import LARGEST_AREA, Annotated, Split
 from detr.transforms import evaluation_transform, resize, resized_size
 
 # (json, image folder) of COCO 2017's layout and of the flat one
@@ -64,6 +64,7 @@ def load_split(
     categories: dict[int, str] | None = None,
     read_headers: bool = True,
     config: Config | None = None,
+    reading: Reading = DEFAULT_READING,
 ) -> Split:
     """Read and validate one json and the headers of its images. Warns once about each kind of problem, with its count.
 
@@ -76,40 +77,42 @@ def load_split(
     Raises:
         DataError: a fatal problem (`check_data`); the message names file, id and field, and how many more there are.
     """
-    data, problems = check_split(json_path, image_dir, look="headers" if read_headers else "json")
-    _raise_or_warn(problems)
-    if config is not None:
-        for line in by_kind(check_against(data, config, str(json_path))):
-            warnings.warn(line.removeprefix("warning "), stacklevel=2)
-
-    declared = {category["id"]: category["name"] for category in data["categories"]}
-    categories = dict(sorted(declared.items())) if categories is None else categories
-    for category_id, name in declared.items():
-        if categories.get(category_id) != name:
-            expected = f"{categories[category_id]!r}" if category_id in categories else "no such category"
-            raise DataError(
-                f"{json_path}: category {category_id}: name: expected {expected}, got {name!r}: classes must be "
-                "those of the training"
-            )
-    label_of = {category_id: label for label, category_id in enumerate(categories)}
-
-    per_image = defaultdict(list)
-    for annotation in data["annotations"]:
-        per_image[annotation["image_id"]].append(annotation)
-    images = [_annotated(entry, per_image[entry["id"]], image_dir, label_of) for entry in data["images"]]
-    return Split(json_path, image_dir, images, categories)
+    look = "headers" if read_headers else "json"
+    data, problems = check_split(json_path, image_dir, look, categories, config, reading)
+    raise_or_warn(problems)
+    return make_split(data, json_path, image_dir, categories, reading)
 
 
-def _raise_or_warn(problems: list[Problem]) -> None:
-    """Stop at the first fatal problem; else warn once for each kind, with its count and first case."""
+def raise_or_warn(problems: list[Problem]) -> None:
+    """Stop at the first fatal problem; else warn once for each kind, with its count and first case.
+
+    Raises:
+        DataError: there is a fatal one.
+    """
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         more = f" (and {len(fatal) - 1} more; `detr check-data` lists them)" if len(fatal) > 1 else ""
         raise DataError(f"{fatal[0]}{more}")
-    for kind in dict.fromkeys(problem.kind for problem in problems):
-        cases = [problem for problem in problems if problem.kind == kind]
-        boxes = "1 box" if len(cases) == 1 else f"{len(cases)} boxes"
-        warnings.warn(f"{boxes} of {kind} dropped, the first: {cases[0]}", stacklevel=3)
+    for line in by_kind(problems):
+        warnings.warn(line.removeprefix("warning "), stacklevel=3)
+
+
+def make_split(
+    data: dict[str, Any],
+    json_path: Path,
+    image_dir: Path,
+    categories: dict[int, str] | None = None,
+    reading: Reading = DEFAULT_READING,
+) -> Split:
+    """The split of a json in which `check_split` found nothing fatal; arguments as of `load_split`."""
+    if categories is None:
+        categories = dict(sorted((category["id"], category["name"]) for category in data["categories"]))
+    label_of = {category_id: label for label, category_id in enumerate(categories)}
+    per_image = defaultdict(list)
+    for annotation in data["annotations"]:
+        per_image[annotation["image_id"]].append(annotation)
+    images = [_annotated(entry, per_image[entry["id"]], image_dir, label_of) for entry in data["images"]]
+    return Split(json_path, image_dir, images, categories, reading)
 
 
 def _annotated(
@@ -118,15 +121,16 @@ def _annotated(
     xywh = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float64).reshape(-1, 4)
     boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).clamp(min=0)
     boxes = boxes.minimum(torch.tensor([entry["width"], entry["height"]] * 2, dtype=torch.float64))
-    sides = boxes[:, 2:] - boxes[:, :2]
-    kept = (sides > 0).all(1)
-    areas = torch.tensor([a.get("area", 0) for a in annotations], dtype=torch.float64)
+    sides, boxes = boxes[:, 2:] - boxes[:, :2], boxes.float()
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    known = (a.get("area", 0) for a in annotations)
+    areas = torch.tensor([area if area <= LARGEST_AREA else 0 for area in known], dtype=torch.float64)
     return Annotated(
         image_id=entry["id"],
         path=root / entry["file_name"],
         width=entry["width"],
         height=entry["height"],
-        boxes=boxes[kept].float(),
+        boxes=boxes[kept],
         labels=torch.tensor([label_of[a["category_id"]] for a in annotations], dtype=torch.int64)[kept],
         areas=torch.where(areas > 0, areas, sides.prod(1))[kept],
         crowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)[kept],
@@ -142,12 +146,13 @@ class CocoDataset(Dataset):
     Args:
         transform: (uint8 image [3, H, W], boxes [T, 4] xyxy pixels, labels) -> (float image, boxes, labels).
         resize_to: None, or (shortest side, longest side): images are brought to this size first, and are kept in memory
-            as uint8 if all of them fit into CACHE_BYTES. Decoding then happens here, once.
+            as uint8 if all of them fit into CACHE_BYTES. Decoding then happens here, once, and files that cannot be
+            read are tried again when their item is wanted.
         blank_unreadable: a file that cannot be read when its item is wanted gives a black image without boxes, and
             "unreadable" in its target says why.
 
     Raises:
-        DataError: an image file is damaged: here if the images are kept in memory, else when it is read.
+        DataError: when the item of a damaged image file is wanted.
     """
 
     def __init__(
@@ -161,11 +166,11 @@ class CocoDataset(Dataset):
         self.blank_unreadable = blank_unreadable
         self.transform = transform
         self.resize_to = resize_to
-        self.cache: list[Tensor] | None = None
+        self.cache: list[Tensor | None] | None = None  # None where a file cannot be read
         pixels = sum(height * width for height, width in self.sizes(range(len(self))))
         if resize_to is not None and 3 * pixels <= CACHE_BYTES:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                reading = pool.map(self._read, split.images)
+                reading = pool.map(self._read_if_possible, split.images)
                 name = f"reading {split.image_dir}"
                 self.cache = list(progress(reading, desc=name, total=len(split.images), leave=False, delay=2))
 
@@ -173,9 +178,15 @@ class CocoDataset(Dataset):
         """For a process that is started to load images: it reads them itself. One that is forked shares the memory."""
         return self.__dict__ | {"cache": None}
 
+    def _read_if_possible(self, image: Annotated) -> Tensor | None:
+        try:
+            return self._read(image)
+        except DataError:
+            return None
+
     def _read(self, image: Annotated) -> Tensor:
         try:
-            pixels = to_tensor(read_image(image.path, (image.width, image.height)))
+            pixels = to_tensor(read_image(image.path, (image.width, image.height), self.split.reading))
         except DataError as error:
             raise DataError(f"{self.split.json_path}: image {image.image_id}: {image.path}: {error}") from None
         return pixels if self.resize_to is None else resize(pixels, *self.resize_to)
@@ -192,7 +203,8 @@ class CocoDataset(Dataset):
         image = self.split.images[index]
         orig_size = torch.tensor([image.height, image.width])
         try:
-            pixels = self._read(image) if self.cache is None else self.cache[index]
+            kept = self.cache and self.cache[index]
+            pixels = self._read(image) if kept is None else kept
         except DataError as error:
             if not self.blank_unreadable:
                 raise

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from detr.data import Split
 from detr.postprocess import postprocess
 from detr.progress import progress
+from detr.split import LARGEST_AREA, Split
 
 # COCOeval.stats in its order; -1 there means that no ground truth is of the kind
 STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
@@ -52,8 +52,8 @@ def coco_metrics(
 ) -> tuple[dict[str, Any], str]:
     """Metrics of `detections` on `split`, and COCO's own table as text.
 
-    Annotations are numbered anew from 1, because pycocotools takes the id 0 for "not matched". Images without
-    detections, and no detections at all, are fine.
+    Images, classes and annotations are numbered anew from 1: evaluators read ids as float64, exact up to 2^53, and
+    pycocotools takes the annotation 0 for "not matched". Images without detections, and no detections at all, are fine.
 
     Args:
         detections: by image id, as `detect` gives them.
@@ -63,23 +63,25 @@ def coco_metrics(
         STATS by name, each a fraction or None where there is no ground truth of the kind; "per_class": name -> AP,
         AP50, boxes, and the score threshold with the best F1 at IoU 0.5 with its precision and recall.
     """
-    category_ids = split.category_ids
+    # in the order of their ids, which decides between equal scores
+    numbers = {image_id: i for i, image_id in enumerate(sorted(split.images.ids), start=1)}
     ground_truth, results = [], []
     for image in split.images:
         columns = (column.tolist() for column in (image.boxes, image.labels, image.areas, image.crowd))
         for box, label, area, crowd in zip(*columns, strict=True):
             ground_truth.append(
-                _entry(image.image_id, category_ids[label], box) | {"area": area, "iscrowd": int(crowd)}
+                _entry(numbers[image.image_id], label, box) | {"area": min(area, LARGEST_AREA), "iscrowd": int(crowd)}
             )
     for image_id, found in detections.items():
         columns = (found[name].tolist() for name in ("boxes", "labels", "scores"))
         for box, label, score in zip(*columns, strict=True):
-            results.append(_entry(image_id, category_ids[label], box) | {"iscrowd": 0, "score": score})
+            results.append(_entry(numbers[image_id], label, box) | {"iscrowd": 0, "score": score})
 
     table = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         COCO, COCOeval = _evaluator(evaluator)
-        evaluation = COCOeval(_coco(COCO, split, ground_truth), _coco(COCO, split, results), "bbox")
+        truth, found = (_coco(COCO, split, numbers, entries) for entries in (ground_truth, results))
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.print_function = print  # faster-coco-eval would write its table to the log
@@ -127,11 +129,11 @@ def per_class_table(metrics: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _entry(image_id: int, category_id: int, box: list[float]) -> dict[str, Any]:
+def _entry(number: int, label: int, box: list[float]) -> dict[str, Any]:
     x0, y0, x1, y1 = box
     return {
-        "image_id": image_id,
-        "category_id": category_id,
+        "image_id": number,
+        "category_id": label + 1,
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "area": (x1 - x0) * (y1 - y0),
     }
@@ -151,15 +153,15 @@ def _evaluator(name: str | None) -> tuple[Any, Any]:
     return COCO, COCOeval
 
 
-def _coco(COCO: Any, split: Split, annotations: list[dict[str, Any]]) -> Any:
+def _coco(COCO: Any, split: Split, numbers: dict[int, int], annotations: list[dict[str, Any]]) -> Any:
     # loadRes of pycocotools fails on an empty list; an index made directly does not
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image.image_id, "width": image.width, "height": image.height} for image in split.images],
-        "categories": [
-            {"id": category_id, "name": name}
-            for category_id, name in zip(split.category_ids, split.class_names, strict=True)
+        "images": [
+            {"id": numbers[image_id], "width": width, "height": height}
+            for image_id, (width, height) in zip(split.images.ids, split.images.sizes.tolist(), strict=True)
         ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(split.class_names, start=1)],
         "annotations": [annotation | {"id": i} for i, annotation in enumerate(annotations, start=1)],
     }
     coco.createIndex()

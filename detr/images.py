@@ -1,85 +1,182 @@
 """Reading image files of every kind as RGB, and drawing boxes on them."""
 
 import colorsys
+import contextlib
 import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MAX_PIXELS = 89_478_485  # of one image: Pillow's limit against decompression bombs
 # what Pillow raises on damaged files, apart from the subclasses of OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-_EXIF_ORIENTATION = 0x0112
+# Pillow's warning would be a second line beside the error of `_open`
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# said of images by `detr check-data`, `train`, `eval` and `predict`
+DEEP = "grey of 16 or 32 bits: each such image is mapped from its 0.5 and 99.5 percentile to 0..255"
+
+# what has to be done to stored pixels, by their EXIF orientation
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DataError(ValueError):
     """Input that cannot be used; the message names the file, the entry and the field."""
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header, as stored, without decoding.
+@dataclass(frozen=True)
+class Reading:
+    """How image files are read, the same in training, evaluation and prediction."""
+
+    exif: str = "turn"  # pixels are turned as the EXIF orientation says; "ignore" leaves them as they are stored
+    large: bool = False  # also images of more than MAX_PIXELS
+
+
+DEFAULT_READING = Reading()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of an image file without decoding it."""
+
+    orientation: int  # of EXIF, 1 to 8; 1 if there is none
+    turn: bool  # whether the pixels are turned as the orientation says
+    doubtful: bool  # whether the size of the annotations fits both the turned pixels and the stored ones
+    deep: bool  # grey of more than 8 bits
+
+
+def read_header(path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT_READING) -> Header:
+    """Look at an image file without decoding it.
+
+    Args:
+        size: as of `read_image`.
 
     Raises:
-        DataError: the file is missing, is no image, or is larger than Pillow's limit against decompression bombs.
+        DataError: the file is missing, no image, too large, or of another size.
     """
-    try:
-        with Image.open(path) as image:
-            return _checked_size(image)
-    except FileNotFoundError:
-        raise DataError("the image file is missing") from None
-    except _DAMAGED as error:
-        raise DataError(f"not a readable image: {error}") from None
+    with _open(path, reading) as image:
+        return _header(image, size, reading)
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+def read_image(path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT_READING) -> Image.Image:
     """The first frame of an image file as 8-bit RGB, turned as its EXIF orientation says.
 
-    Grey, palette, CMYK and 16-bit images are converted; transparency is dropped.
+    Palette, CMYK and 8-bit grey images are converted; transparency is dropped. Grey images of 16 or 32 bits, floating
+    point too, are mapped one by one: their 0.5 percentile becomes 0 and their 99.5 percentile 255, what is not a number
+    0. Of 16-bit colours the upper 8 bits are taken.
 
     Args:
         size: (width, height) that the annotations are made for. An image whose stored size fits, while its turned size
-            does not, is left as stored: its boxes were drawn without looking at the EXIF orientation.
+            does not, is left as stored: its boxes were drawn without looking at the EXIF orientation. Where both fit
+            it is turned.
 
     Raises:
-        DataError: the file is missing, truncated, no image, too large, of floating-point pixels, or of another size.
+        DataError: the file is missing, truncated, no image, too large, or of another size.
     """
+    with _open(path, reading) as image:
+        if image.format == "PNG":
+            image.load()  # its EXIF may come after its pixels
+        header = _header(image, size, reading)
+        image.filename = ""  # else Pillow 13 maps an uncompressed TIFF by its turned size, and scrambles it
+        image.load()
+        # Pillow turns a TIFF when it loads it, and takes the orientation away
+        turned = header.orientation != _orientation(image)
+        rgb = _to_rgb(image)
+        if turned == header.turn:
+            return rgb
+        back = {6: 8, 8: 6} if turned else {}
+        return rgb.transpose(_TURNS[back.get(header.orientation, header.orientation)])
+
+
+@contextlib.contextmanager
+def _open(path: Path, reading: Reading) -> Iterator[Image.Image]:
+    """An image file that is open; what is wrong with it is a DataError."""
     try:
+        if reading.large:
+            Image.MAX_IMAGE_PIXELS = None  # in every process that loads images
         with Image.open(path) as image:
-            stored = _checked_size(image)
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-            turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
-            if size is not None and size not in (stored, turned):
-                raise DataError(f"the image is {turned[0]}x{turned[1]} pixels, expected {size[0]}x{size[1]}")
-            image.load()
-            if size is None or size == turned:
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(image)
+            if image.width * image.height > MAX_PIXELS and not reading.large:
+                raise Image.DecompressionBombError
+            yield image
     except FileNotFoundError:
         raise DataError("the image file is missing") from None
     except DataError:
         raise
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"more than {MAX_PIXELS / 1e6:.0f} million pixels, the limit against decompression bombs: "
+            "--large-images reads it all the same"
+        ) from None
+    except MemoryError:
+        raise DataError("its pixels do not fit into memory") from None
     except _DAMAGED as error:
         raise DataError(f"not a readable image: {error}") from None
 
 
-def _checked_size(image: Image.Image) -> tuple[int, int]:
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise DataError(f"{image.width}x{image.height} pixels, expected at most {Image.MAX_IMAGE_PIXELS} in all")
-    return image.size
+def _header(image: Image.Image, size: tuple[int, int] | None, reading: Reading) -> Header:
+    # of a TIFF Pillow knows the turned size
+    stored = tuple(image.tag_v2[tag] for tag in (256, 257)) if image.format == "TIFF" else image.size
+    orientation = _orientation(image)
+    turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    ignore = reading.exif == "ignore"
+    if size is not None and size != stored and (ignore or size != turned):
+        width, height = stored if ignore else turned
+        where = " as stored" if ignore and stored != turned else ""
+        raise DataError(f"the image is {width}x{height} pixels{where}, expected {size[0]}x{size[1]}")
+    turn = orientation != 1 and not ignore and size in (None, turned)
+    return Header(orientation, turn, turn and size == stored, _is_deep(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # not the method of a PNG, which decodes its pixels
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except _DAMAGED:  # damaged EXIF says nothing of the pixels
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise DataError("floating-point pixels, expected 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.int64) // 256
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if _is_deep(image):  # Pillow would clip them at 255
+        numbers = np.asarray(image)
+        if image.format == "TIFF" and image.mode == "I" and image.tag_v2.get(339, (1,))[0] == 1:
+            numbers = numbers.view(np.uint32)  # which Pillow has no mode for
+        image = Image.fromarray(_to_8_bits(numbers))
     if image.mode == "P":
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Numbers [H, W] of any range as uint8, from their 0.5 and 99.5 percentile; 0 where all are the same."""
+    grey = grey.astype(np.float64)
+    finite = grey[np.isfinite(grey)]
+    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 0.0)
+    if low == high and finite.size:  # less than one pixel in a hundred is not the background
+        low, high = finite.min(), finite.max()
+    if low == high:
+        return np.zeros(grey.shape, np.uint8)
+    scaled = (grey - low) * (255 / (high - low))
+    return np.nan_to_num(scaled.clip(0, 255)).round().astype(np.uint8)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

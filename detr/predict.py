@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from detr import run_folder
 from detr.config import Config
 from detr.data import collate
-from detr.images import SUFFIXES, DataError, draw_boxes, read_image, to_tensor
+from detr.images import (
+    DEEP,
+    DEFAULT_READING,
+    SUFFIXES,
+    DataError,
+    Reading,
+    draw_boxes,
+    read_header,
+    read_image,
+    to_tensor,
+)
 from detr.output import Folder, Written, picture_of
 from detr.postprocess import postprocess
 from detr.progress import progress
@@ -76,6 +86,7 @@ def predict(
     threshold: float,
     device: torch.device,
     batch_size: int = 1,
+    reading: Reading = DEFAULT_READING,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Write `out`/<picture with boxes> for each image and `out`/predictions.json with the detections of all.
 
@@ -101,7 +112,7 @@ def predict(
     folder.claim([RESULTS, *(target.as_posix() for _, target in images)])
     results: dict[Path, dict[str, Any]] = {}
     waiting: dict[tuple[int, ...], list[tuple[Path, Path, Image.Image, Tensor]]] = defaultdict(list)
-    unreadable = []
+    unreadable, deep = [], False
 
     def run(batch: list[tuple[Path, Path, Image.Image, Tensor]]) -> None:
         images, mask, _ = collate([(pixels, {}) for *_, pixels in batch])
@@ -115,10 +126,13 @@ def predict(
 
     for source, target in progress(images, desc="detecting", unit="image", delay=2):
         try:
-            picture = read_image(source)
+            header, picture = read_header(source, None, reading), read_image(source, None, reading)
         except DataError as error:
             unreadable.append(f"{source}: {error}")
             continue
+        if header.deep and not deep:
+            warnings.warn(f"{source}: {DEEP}", stacklevel=2)
+        deep |= header.deep
         pixels = load_pixels(picture, config)
         batch = waiting[pixels.shape]
         batch.append((source, target, picture, pixels))

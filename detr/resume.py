@@ -16,6 +16,8 @@ PLACES = ("data", "train_json", "train_images", "val_json", "val_images")
 
 _FIELDS = {
     **dict.fromkeys(PLACES, lambda value: isinstance(value, str)),
+    "exif": lambda value: value in ("turn", "ignore"),
+    "large_images": lambda value: isinstance(value, bool),
     "wandb": lambda value: _of_texts(value) and {"project", "id"} <= value.keys(),
     "content": lambda value: isinstance(value, dict) and all(map(_of_texts, value.values())),
 }

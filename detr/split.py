@@ -1,5 +1,6 @@
 """The images and boxes of one part of a dataset, whatever format they were read from."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detr.images import DEFAULT_READING, Reading
+
+LARGEST_AREA = 1e10  # square pixels: COCO's average precision leaves out objects that are larger
 _COLUMNS = {"boxes": np.float32, "labels": np.int64, "areas": np.float64, "crowd": np.bool_}
 
 
@@ -75,6 +79,7 @@ class Split:
     image_dir: Path
     images: Images  # or any iterable of `Annotated`
     categories: dict[int, str]  # id in the json -> name, in the order of labels
+    reading: Reading = DEFAULT_READING  # how its image files are read
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, Images):
@@ -88,6 +93,32 @@ class Split:
     def category_ids(self) -> list[int]:
         return list(self.categories)
 
+    @property
+    def file_digests(self) -> list[bytes]:
+        """Of each image, a hash of the length and the last bytes of its file."""
+        return self._files[1]
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return [os.path.relpath(path, self.image_dir) for path in self.images.paths]
+
+    @functools.cached_property
+    def _order(self) -> list[int]:
+        return sorted(range(len(self._names)), key=self._names.__getitem__)
+
+    @functools.cached_property
+    def _files(self) -> tuple[str, list[bytes]]:
+        """One hash of all files in the order of their names, and one of each in the order of the images: read once."""
+        parts = [b""] * len(self._names)
+
+        def read() -> Iterator[bytes]:
+            for i in self._order:
+                part = _file(self.images.paths[i])
+                parts[i] = hashlib.sha256(part).digest()
+                yield part
+
+        return _hash(read()), parts
+
     def content(self) -> dict[str, Any]:
         """What a training on this split depends on, as a number and hashes: to see whether it changed.
 
@@ -96,8 +127,7 @@ class Split:
         are `categories`.
         """
         images = self.images
-        names = [os.path.relpath(path, self.image_dir) for path in images.paths]
-        order = sorted(range(len(names)), key=names.__getitem__)
+        names, order = self._names, self._order
         rows = [images.rows(i) for i in order]
 
         def column(name: str) -> Iterator[bytes]:
@@ -108,7 +138,7 @@ class Split:
             "images": len(names),
             "paths": _hash(os.fsencode(names[i]) + b"\n" for i in order),
             "order": _hash(os.fsencode(name) + b"\n" for name in names),
-            "files": _hash(_file(images.paths[i]) for i in order),
+            "files": self._files[0],
             "sizes": _hash([images.sizes[order].tobytes()]),
             "boxes": _hash([counts, *column("boxes"), *column("crowd"), *column("areas")]),
             "labels": _hash([counts, *column("labels")]),

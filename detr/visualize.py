@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detr.images import draw_boxes, read_image
+from detr.images import DataError, draw_boxes, read_image
 from detr.record import metrics_of
 from detr.split import Split
 
@@ -48,6 +48,7 @@ def draw_predictions(
 ) -> bytes:
     """A PNG, a sheet of images spread over the split: ground truth at the left, detections at the right of each pair.
 
+    In the place of an image that cannot be read is a grey one.
     Shown are detections above the threshold with the best F1 of their class (`detr.evaluate.coco_metrics`).
     """
     names = split.class_names
@@ -55,7 +56,10 @@ def draw_predictions(
     count = min(n_images, len(split.images))
     pairs = []
     for image in (split.images[i * len(split.images) // count] for i in range(count)):
-        pixels = read_image(image.path, (image.width, image.height))
+        try:
+            pixels = read_image(image.path, (image.width, image.height), split.reading)
+        except DataError:
+            pixels = Image.new("RGB", (image.width, image.height), "grey")
         scale = _HEIGHT / image.height
         pixels = pixels.resize((round(image.width * scale), _HEIGHT), Image.Resampling.BICUBIC)
         labels = image.labels.tolist()

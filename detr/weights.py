@@ -221,6 +221,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     names = content.get("class_names")
     # of our own checkpoints the averaged weights, if the run averaged them
     key = "ema" if names is not None and "ema" in content else "model"
+    key = key if key in content or "state_dict" not in content else "state_dict"
     weights = content.get(key, content)
     if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{path}: class_names: expected a list of names, got {checkpoint.short(names)}")
@@ -231,6 +232,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     ignored = ("total_ops", "total_params", "num_batches_tracked")
     wanted = (k for k, v in weights.items() if checkpoint.is_plain(v) and v.is_floating_point())
     tensors = {key: weights[key] for key in wanted if not key.endswith(ignored)}
+    if not tensors:
+        held = ", ".join(list(weights)[:6]) or "nothing"
+        raise ValueError(f"{path}: expected tensors by name, or below model or state_dict, got {held}")
     return tensors, names or (_hf_class_names(path.with_name("config.json")) if path.name in _HF_FILES else None)
 
 

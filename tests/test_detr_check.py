@@ -8,11 +8,13 @@ import coco_files
 import pytest
 import torch
 
-from detr.check_data import check_against, check_annotations, check_split, summary, summary_table, tokens
+from detr.check_data import check_against, check_annotations, check_pair, check_split
+from detr.cli import main
 from detr.config import PRESETS, preset
 from detr.data import find_split, load_split
 from detr.images import DataError
 from detr.model import build_model
+from detr.summary import summary, summary_table, tokens
 
 
 def edit(data, path, value):
@@ -24,7 +26,8 @@ def edit(data, path, value):
 
 FAULTS = {
     "unknown category": (("annotations", 1, "category_id"), 4, "annotation 11: category_id: 4 is none of the 3"),
-    "unknown image": (("annotations", 1, "image_id"), "x", 'annotation 11: image_id: "x" is none of the 3'),
+    "unknown image": (("annotations", 1, "image_id"), 6, "annotation 11: image_id: 6 is none of the 3"),
+    "text for an id": (("annotations", 1, "image_id"), "2", 'annotation 11: image_id: expected an integer, got "2"'),
     "negative width": (
         ("annotations", 2, "bbox", 2),
         -3,
@@ -45,9 +48,17 @@ FAULTS = {
     "crowd": (("annotations", 3, "iscrowd"), 2, "annotation 8: iscrowd: expected 0 or 1, got 2"),
     "area": (("annotations", 0, "area"), -1, "annotation 0: area: expected square pixels, got -1"),
     "image id twice": (("images", 1, "id"), 9, "image 9: id: another image has the same id"),
+    "half a pixel": (("images", 1, "width"), 20.5, "image 2: width: expected a positive integer, pixels, got 20.5"),
+    "file twice": (("images", 1, "file_name"), "./a.png", "image 2: file_name: './a.png' is the file of image 5 too"),
+    "infinite area": (("annotations", 0, "area"), float("inf"), "annotation 0: area: expected square pixels, got Inf"),
+    "corners": (
+        ("annotations", 2, "bbox"),
+        [20.5, 10, 40, 30],
+        "annotation 7: bbox: .* outside its image of 40x30 pixels, as corners x0, y0, x1, y1 would not: expected x, y",
+    ),
     "image without id": (("images", 1, "id"), 2.5, "image at position 1: id: expected an integer, got 2.5"),
-    "no width": (("images", 1, "width"), None, "image 2: width: expected a positive number of pixels, got null"),
-    "no height": (("images", 1, "height"), 0, "image 2: height: expected a positive number of pixels, got 0"),
+    "no width": (("images", 1, "width"), None, "image 2: width: expected a positive integer, pixels, got null"),
+    "no height": (("images", 1, "height"), 0, "image 2: height: expected a positive integer, pixels, got 0"),
     "climbing out": (("images", 1, "file_name"), "a/../../b.png", "image 2: file_name: 'a/../../b.png' leads out"),
     "absolute": (("images", 1, "file_name"), "/etc/passwd", "image 2: file_name: '/etc/passwd' leads out"),
     "drive": (("images", 1, "file_name"), "C:\\b.png", "image 2: file_name: .* leads out"),
@@ -126,7 +137,7 @@ def test_boxes_without_area_are_dropped_with_one_warning(tmp_path):
         data["annotations"].append({"id": 100 + i, "image_id": 5, "category_id": 3, "bbox": box})
     json_path, image_dir = coco_files.write(tmp_path, data)
     with pytest.warns(
-        UserWarning, match="4 boxes of zero area dropped, the first: .*annotation 100: bbox: .*0, 0]"
+        UserWarning, match=r"zero area: 4, the first: .*annotation 100: bbox: .*0, 0\], is left out"
     ) as found:
         split = load_split(json_path, image_dir)
     assert len(found) == 1
@@ -226,3 +237,116 @@ def test_no_dataset_at_all(tmp_path):
     (tmp_path / "instances_train.json").write_text("{}")
     with pytest.raises(DataError, match="no image folder of the split 'train': looked for train2017 or train"):
         find_split(tmp_path, "train")
+
+
+def test_numbers_that_say_the_same_in_another_way(tmp_path):
+    data = coco_files.content()
+    expected = load_split(*coco_files.write(tmp_path, data)).content()
+    for image in data["images"]:
+        image |= {name: float(image[name]) for name in ("id", "width", "height")}
+    for category in data["categories"]:
+        category["id"] = float(category["id"])
+    for annotation in data["annotations"]:
+        annotation |= {name: float(annotation[name]) for name in ("id", "image_id", "category_id")}
+    data["annotations"][0]["iscrowd"] = 0.0
+    data["annotations"][1] |= {"iscrowd": None, "area": None}
+    (tmp_path / "instances_train.json").write_text(json.dumps(data))
+    split = load_split(tmp_path / "instances_train.json", tmp_path / "train")
+    assert split.content() == expected
+    assert split.images.ids == [5, 2, 9] and all(type(i) is int for i in split.images.ids)
+    assert list(map(type, split.categories)) == [int] * 3
+
+
+def test_an_area_beyond_coco_s_largest_is_that_of_the_box(tmp_path):
+    data = coco_files.content()
+    data["annotations"][0]["area"] = 5e11
+    data["annotations"][2]["area"] = 10**400
+    files = coco_files.write(tmp_path, data)
+    with pytest.warns(UserWarning, match=r"area: 2, the first: .*annotation 0: area: 5000000.* that of the box is"):
+        split = load_split(*files)
+    assert split.images[0].areas.tolist() == [120, 390, 600]
+
+
+def fractions(data, annotations):
+    for annotation in annotations:
+        image = next(image for image in data["images"] if image["id"] == annotation["image_id"])
+        x, y, width, height = annotation["bbox"]
+        horizontal, vertical = image["width"], image["height"]
+        annotation["bbox"] = [x / horizontal, y / vertical, width / horizontal, height / vertical]
+
+
+def test_boxes_in_fractions_of_the_image(tmp_path):
+    data = coco_files.content()
+    fractions(data, data["annotations"][:1])
+    files = coco_files.write(tmp_path, data)
+    message = r"annotation 0: bbox: \[0.1, 0.2, 0.25, 0.4\] in an image of 40x30: expected .* in pixels, .* YOLO"
+    with pytest.warns(UserWarning, match=f"fractions: 1, the first: .*{message}"):
+        load_split(*files)  # one may be a sliver in the corner
+    fractions(data, data["annotations"][1:])
+    files[0].write_text(json.dumps(data))
+    with pytest.raises(DataError, match=rf"{files[0]}: {message}.*\(and 3 more"):
+        load_split(*files)
+
+
+def test_a_box_twice(tmp_path):
+    data = coco_files.content()
+    other_class = data["annotations"][0] | {"id": 21, "category_id": 3}
+    data["annotations"] += [dict(a, id=100 + a["id"]) for a in data["annotations"]] + [other_class]
+    problems = check_annotations(data, "x.json")
+    assert [(p.kind, p.entry, p.fatal) for p in problems] == [
+        ("box twice", f"annotation {i}", False) for i in (100, 111, 107, 108)
+    ]
+    assert str(problems[0]) == "x.json: annotation 100: bbox: [4, 6, 10, 12] is the box of annotation 0 too"
+    # every box is kept: only the user knows what is meant
+    with pytest.warns(UserWarning, match="box twice: 4"):
+        assert len(load_split(*coco_files.write(tmp_path, data)).images.labels) == 9
+
+
+@pytest.mark.parametrize(
+    ("edits", "entry", "message"),
+    [
+        ({"id": 17, "name": "Owl"}, "category 17", "expected 'owl', got 'Owl': classes must be those of the training"),
+        (
+            {"id": 18, "name": "owl"},
+            "category 18",
+            "expected no such category, got 'owl': .*, which is category 17 there",
+        ),
+    ],
+)
+def test_classes_of_the_validation(tmp_path, edits, entry, message):
+    train = load_split(*coco_files.write(tmp_path))
+    data = coco_files.content()
+    data["annotations"] = data["annotations"][:2]
+    data["categories"] = [*coco_files.content()["categories"][:2], edits]
+    files = coco_files.write(tmp_path, data, "val")
+    [problem] = check_split(*files, "pixels", train.categories)[1]
+    assert problem.fatal and problem.entry == entry and re.search(message, problem.message)
+    with pytest.raises(DataError, match=re.escape(str(problem))):
+        load_split(*files, train.categories)
+
+
+def test_images_of_the_validation_that_are_trained_on(tmp_path):
+    data = coco_files.content()
+    for image, name in zip(data["images"], ("same.bmp", "head.bmp", "tail.bmp"), strict=True):
+        image |= {"file_name": name, "width": 64, "height": 64}
+    train, val = (load_split(*coco_files.write(tmp_path, data, name)) for name in ("train", "val"))
+    for image, position in zip(val.images[1:], (100, -1), strict=True):  # one byte of 12 kB
+        content = bytearray(image.path.read_bytes())
+        content[position] ^= 1
+        image.path.write_bytes(content)
+    [problem] = check_pair(train, val)
+    assert (problem.kind, problem.entry, problem.fatal) == ("seen in training", "image 5", False)
+    assert problem.message.startswith(f"{tmp_path}/val/same.bmp is {tmp_path}/train/same.bmp, an image of the training")
+    assert [problem.entry for problem in check_pair(train, train)] == ["image 5", "image 2", "image 9"]
+
+
+def test_check_data_and_train_say_the_same(tmp_path, capsys):
+    data = coco_files.content()
+    coco_files.write(tmp_path, data)
+    data["categories"][0]["name"] = "Zebra"
+    coco_files.write(tmp_path, data, "val")
+    error = f"{tmp_path}/instances_val.json: category 90: name: expected 'zebra', got 'Zebra'"
+    assert main(["check-data", str(tmp_path), "--image-size", "64"]) == 1
+    assert error in capsys.readouterr().out
+    assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 1
+    assert error in capsys.readouterr().err

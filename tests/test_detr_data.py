@@ -115,15 +115,16 @@ def test_resized_and_kept_in_memory(tmp_path, monkeypatch):
     assert dataset[1][1]["orig_size"].tolist() == [50, 20]
 
 
-def test_a_damaged_image_is_named(tmp_path):
+def test_a_damaged_image_is_named_when_it_is_wanted(tmp_path):
     split = load_split(*coco_files.write(tmp_path))
     path = split.images[2].path
     path.write_bytes(path.read_bytes()[:-200])
     message = f"instances_train.json: image 9: {path}: not a readable image"
-    with pytest.raises(DataError, match=message):
-        CocoDataset(split, evaluation_transform(), (16, 32))
-    with pytest.raises(DataError, match=message):
-        CocoDataset(split, evaluation_transform())[2]
+    for resize_to in ((16, 32), None):  # kept in memory, and not
+        dataset = CocoDataset(split, evaluation_transform(), resize_to)
+        assert dataset[0][1]["image_id"] == 5
+        with pytest.raises(DataError, match=message):
+            dataset[2]
 
 
 def test_flip_moves_boxes_with_pixels(tmp_path):
