@@ -158,8 +158,8 @@ def _check_classes(data: dict[str, Any], categories: dict[int, str] | None, file
         category_id, name = category["id"], category["name"]
         if categories.get(category_id) != name:
             expected = f"{categories[category_id]!r}" if category_id in categories else "no such category"
-            hint = f", which is category {id_of[name]} there" if name in id_of else ""
-            message = f"expected {expected}, got {name!r}: classes must be those of the training{hint}"
+            there = f" (category {id_of[name]} there)" if name in id_of else ""
+            message = f"expected {expected}, got {name!r}{there}: classes must be those of the training"
             yield Problem(file, "class", f"category {category_id}", "name", message)
 
 

@@ -309,7 +309,7 @@ def test_a_box_twice(tmp_path):
         (
             {"id": 18, "name": "owl"},
             "category 18",
-            "expected no such category, got 'owl': .*, which is category 17 there",
+            r"expected no such category, got 'owl' \(category 17 there\): classes",
         ),
     ],
 )

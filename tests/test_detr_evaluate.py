@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import coco_files
 import numpy as np
@@ -175,3 +176,23 @@ def test_a_class_without_examples(evaluator):
     lines = per_class_table(metrics).splitlines()
     assert lines[1].split() == ["thing", "1", "1.000", "1.000", "1.000", "0.900"]
     assert lines[2].split() == ["ghost", "0", "-", "-", "-", "-"]
+
+
+@pytest.mark.parametrize("image_id", [2**53 + 1, 20260101123456789, 2**63 + 11, -5, 0])
+@pytest.mark.parametrize("category_id", [7, 2**53 + 1, 2**64, -1])
+def test_ids_of_any_size(evaluator, image_id, category_id):
+    """Neighbours are one number to a float64."""
+    box, miss = [0.0, 0.0, 20.0, 20.0], [50.0, 50.0, 70.0, 70.0]
+    images = [replace(one_class_split([box]).images[0], image_id=image_id + i) for i in (1, 0)]
+    split = Split(None, None, images, {category_id: "thing", category_id + 1: "ghost"})
+    detections = {image_id: found([box, miss], [0, 1], [0.9, 0.1]), image_id + 1: found([miss], [0], [0.8])}
+    metrics, _ = coco_metrics(split, detections, evaluator)
+    assert metrics["AP"] == pytest.approx(51 / 101)  # one of two found, the better one first
+    assert metrics["per_class"]["thing"]["boxes"] == 2 and metrics["per_class"]["ghost"]["AP"] is None
+
+
+def test_objects_beyond_coco_s_largest_area_count(evaluator):
+    split = one_class_split([[0.0, 0.0, 20.0, 20.0]])
+    huge = replace(split.images[0], areas=torch.tensor([5e11], dtype=torch.float64))
+    metrics, _ = coco_metrics(Split(None, None, [huge], split.categories), {1: EMPTY}, evaluator)
+    assert metrics["AP"] == 0 and metrics["APL"] == 0

@@ -1,5 +1,6 @@
 """Training survives: what is broken is skipped, replaced or named, and a run that was killed goes on."""
 
+import io
 import itertools
 import json
 import math
@@ -11,8 +12,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from detr import checkpoint, run_folder
 from detr.config import preset
@@ -23,6 +26,7 @@ from detr.model import build_model
 from detr.output import OutputError
 from detr.synth import write_dataset
 from detr.trainer import Trainer, TrainingError
+from detr.visualize import draw_predictions
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
@@ -125,13 +129,15 @@ def test_an_overflow_of_float16_halves_the_scale(splits):
     torch.testing.assert_close(list(trainer.model.parameters()), before, rtol=0, atol=0)
 
 
-def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path):
-    config = replace(SMALL, augment="official", steps=7, eval_steps=None, eval_every=9, max_unreadable=1)
+@pytest.mark.parametrize("augment", ["official", "tiny"])  # images read when they are wanted, and kept in memory
+def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path, augment):
+    config = replace(SMALL, augment=augment, steps=7, eval_steps=None, eval_every=9, max_unreadable=1)
     write_dataset(tmp_path / "data", 7, 3, 64, 0)
     split = load_split(*find_split(tmp_path / "data", "train"))
-    trainer = Trainer(config, split, CPU, workers=0)
     broken = split.images[4]
     broken.path.write_bytes(broken.path.read_bytes()[:-500])
+    trainer = Trainer(config, split, CPU, workers=0)
+    assert (trainer.dataset.cache is None) == (augment == "official")
     val = validation_loader(splits[1], config, CPU)
     with pytest.warns(UserWarning, match=f"image {broken.image_id}: {broken.path}: not a readable image") as caught:
         assert train(trainer, val, tmp_path / "run", {}) is not None
@@ -149,18 +155,22 @@ def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path)
         advance(trainer, 7)
 
 
-def test_an_image_that_is_truncated_counts_as_missed_in_the_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr("detr.data.CACHE_BYTES", 0)
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_an_image_that_is_truncated_counts_as_missed_in_the_evaluation(tmp_path, monkeypatch, room):
+    monkeypatch.setattr("detr.data.CACHE_BYTES", room)
     write_dataset(tmp_path, 1, 3, 64, 0)
     split = load_split(*find_split(tmp_path, "val"))
-    val = validation_loader(split, SMALL, CPU, workers=0)
     split.images[1].path.write_bytes(split.images[1].path.read_bytes()[:-500])
+    val = validation_loader(split, SMALL, CPU, workers=0)
     model = build_model(SMALL, 4)
     with pytest.warns(UserWarning, match=f"{split.images[1].path}: not a readable image.*; nothing is detected in it"):
         metrics, _ = evaluate(model, val, CPU)
     assert (metrics["images"], metrics["unreadable"]) == (3, 1)
     detections, _ = detect(model, val, CPU)
     assert [len(detections[image.image_id]["scores"]) for image in split.images] == [32, 0, 32]
+    sheet = np.asarray(Image.open(io.BytesIO(draw_predictions(split, detections, metrics))))
+    grey = (sheet == 128).all(2).mean(0)  # of each column: the image that cannot be read is in the third and fourth
+    assert grey[660:970].mean() > 0.3 and grey[:640].max() < 0.05
 
 
 KILLED = """

@@ -275,6 +275,14 @@ def test_other_numbers_of_queries_and_levels(tmp_path):
     assert "input_proj.3.0.weight" in report.missing
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+def test_where_the_weights_of_a_file_are(key, tmp_path):
+    source, target = (build_model(preset("tiny_refine", **TINY), 2) for _ in range(2))
+    torch.save({key: source.state_dict(), "epoch": 3} if key else source.state_dict(), tmp_path / "file.pth")
+    assert not load_weights(target, tmp_path / "file.pth").missing
+    assert_same_weights(target, source)
+
+
 def test_torchvision_backbone(tmp_path):
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18()
@@ -326,6 +334,10 @@ def write_other_model(path):
     torch.save({"encoder.weight": torch.zeros(3)}, path)
 
 
+def write_nested(path):
+    torch.save({"ema": {"module": {"encoder.weight": torch.zeros(3)}}, "epoch": 3}, path)
+
+
 def write_foreign_head(path):
     torch.save({"backbone.stem.9.weight": torch.zeros(3)}, path)
 
@@ -342,6 +354,11 @@ def write_foreign_head(path):
             "other.pth",
             write_other_model,
             "other.pth: expected weights of DETR, Deformable DETR or a ResNet, got ['encoder",
+        ),
+        (
+            "nested.pth",
+            write_nested,
+            "nested.pth: expected tensors by name, or below model or state_dict, got ema, epoch",
         ),
         ("foreign.pth", write_foreign_head, "foreign.pth: nothing in it is for this model: expected "),
         ("", write_nothing, ": expected model.safetensors or pytorch_model.bin in this folder, got neither"),
