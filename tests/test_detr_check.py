@@ -151,6 +151,7 @@ def test_boxes_without_area_are_dropped_with_one_warning(tmp_path):
         ([1, 1, 0, 0], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
         ([40.5, 1, 0.25, 9], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
         ([10, 10, 1e-20, 5], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),
+        ([10, 10, 1e-7, 5], 0, "of 1 boxes 0 are crowds .*, and 1 have no area"),  # in float32
         ([1, 1, 9, 9], 1, r"of 1 boxes 1 are crowds \(iscrowd 1\), which are neither learned nor counted, and 0 have"),
     ],
 )

@@ -80,12 +80,16 @@ def add_class(content):
     content["categories"].append({"id": 9, "name": "ghost"})
 
 
+MUST = "classes must be those of the training"
+MORE = "(and 1 more; `detr check-data` lists them)"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (swap_names, "category 1: name: expected 'disc', got 'square': classes must be those of the training"),
-        (renumber, "category 2: name: expected 'square', got 'disc': classes must be those of the training"),
-        (add_class, "category 9: name: expected no such category, got 'ghost': classes must be those of the training"),
+        (swap_names, f"category 1: name: expected 'disc', got 'square' (category 2 there): {MUST} {MORE}"),
+        (renumber, f"category 2: name: expected 'square', got 'disc' (category 1 there): {MUST} {MORE}"),
+        (add_class, f"category 9: name: expected no such category, got 'ghost': {MUST}"),
     ],
 )
 @pytest.mark.parametrize("accept", [[], ["--accept-changed-data"]])
