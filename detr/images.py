@@ -9,14 +9,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from detr.errors import DataError
+
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # what Pillow raises on damaged files, apart from the subclasses of OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _EXIF_ORIENTATION = 0x0112
-
-
-class DataError(ValueError):
-    """Input that cannot be used; the message names the file, the entry and the field."""
 
 
 def read_size(path: Path) -> tuple[int, int]:

@@ -118,6 +118,17 @@ def build_model(config: Config, num_classes: int) -> DeformableDETR:
     return DeformableDETR(config, num_classes)
 
 
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Make sure that weights are numbers.
+
+    Raises:
+        ValueError: one is NaN or infinite; names its tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity: the weights are of no use")
+
+
 def param_groups(model: nn.Module, config: Config) -> list[dict]:
     """Parameter groups for AdamW: the backbone, the sampling offsets and reference points, and everything else."""
     groups = {name: [] for name in ("rest", "backbone", "offsets")}

@@ -19,6 +19,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from detr.errors import UserError
+
 MANIFEST = ".detr-files.jsonl"  # a line for each file: its name in the folder, the sha256 of its bytes, the command
 MARKED = (".png", ".jpg", ".jpeg", ".webp")  # pictures that can say who wrote them
 WRITTEN_BY = "written_by"  # the key of a json object, or of a text chunk of a PNG, that names the command
@@ -27,7 +29,7 @@ _EXIF_SOFTWARE = 0x0131
 _count = itertools.count()
 
 
-class OutputError(Exception):
+class OutputError(UserError):
     """A file that cannot be written, or must not be; the message names it and says why."""
 
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from detr.boxes import cxcywh_to_xyxy
+from detr.errors import UserError
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError, ValueError):
     """The outputs of a model are not numbers."""
 
 
