@@ -137,6 +137,8 @@ class Config:
             value = getattr(self, declared.name)
             if not _fits(declared, value):
                 raise ValueError(f"config: {declared.name}: expected {_words(declared)}, got {short(value)}")
+            if isinstance(value, int) and declared.type is float:
+                object.__setattr__(self, declared.name, float(value))  # PyTorch's optimisers tell them apart
         if self.accumulate and self.batch_size % self.accumulate:
             raise ValueError(
                 f"config: accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"

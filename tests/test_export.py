@@ -126,10 +126,14 @@ def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
     assert_outputs(program.module(), inputs, expected)
 
 
-def test_a_detector_in_onnxruntime(detectors, tmp_path):
+def test_a_detector_in_onnxruntime(detectors, tmp_path, monkeypatch, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the test extra only")
     path, inputs, expected = detectors["two_stage"]
+    said = []
+    # where Python shows what is logged and nobody asked for
+    monkeypatch.setattr("logging.lastResort", type("Handler", (), {"level": 30, "handle": said.append}))
     session = onnxruntime.InferenceSession(export(path, tmp_path / "model.onnx", "onnx"))
+    assert said == [] and capfd.readouterr() == (f"{tmp_path / 'model.onnx'}: written\n", "")
     assert json.loads(session.get_modelmeta().custom_metadata_map["detector"])["classes"] == NAMES
     assert [x.name for x in session.get_outputs()] == ["logits", "boxes"]
 
