@@ -71,7 +71,7 @@ class Config:
     n_levels: int = _in(4, 1, 10)
     enc_points: int = _in(4, 1, 64)  # points K per head and level that an encoder query samples
     dec_points: int = _in(4, 1, 64)  # the same for a decoder query
-    n_queries: int = _in(300, 1, 100_000)  # most objects that can be found in an image
+    n_queries: int = _in(300, 1, 10_000)  # most objects that can be found in an image
     dropout: float = _fraction(0.1)  # probability, in every transformer layer
     refine: bool = False  # iterative box refinement: each decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries start from the encoder's best proposals; needs refine

@@ -147,10 +147,9 @@ class Trainer:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                first_line = str(error).splitlines()[0]
-                raise TrainingError(
-                    f"step {self.steps_done}: {first_line}; fewer --workers need less memory"
-                ) from error
+                lines = str(error).strip().splitlines()
+                text = lines[-1] if lines[0].startswith("Caught") else lines[0]  # the last of a traceback
+                raise TrainingError(f"step {self.steps_done}: {text}; fewer --workers need less memory") from error
             if not batches:
                 return
             yield batches

@@ -216,6 +216,18 @@ def test_a_loader_process_that_is_killed(data, monkeypatch):
         next(trainer.batches())
 
 
+def test_a_loader_process_without_memory(data, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(CocoDataset, "_read", full)
+    trainer = Trainer(OFFICIAL, load_split(*find_split(data, "train")), CPU, workers=1)
+    with pytest.raises(
+        TrainingError, match=r"^step 0: RuntimeError: .*can't allocate memory; fewer --workers need less"
+    ):
+        next(trainer.batches())
+
+
 def test_a_loader_process_that_finds_no_image(data, monkeypatch):
     def damaged(*_):
         raise DataError("a.json: image 3: a.jpg: not a readable image: broken")
