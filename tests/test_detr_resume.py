@@ -316,7 +316,7 @@ def test_other_weights_in_the_place_of_the_best(work, capsys):
     assert last_line(capsys).endswith("best.pt: a run is here already: choose another --out")
     assert resume(work) == 1 and "the file is missing: no run to continue" in last_line(capsys)
     assert main(["train", "--resume", str(precious)]) == 1
-    assert last_line(capsys).endswith("precious.pt: expected the folder of a run or the checkpoint.pt in it, which alone can be resumed")
+    assert last_line(capsys).endswith("the checkpoint.pt in it, which alone can be resumed")
 
 
 def test_notes_in_metrics_stay(work):
