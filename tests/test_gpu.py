@@ -61,6 +61,7 @@ def test_cuda_graph(form, both, sizes, device):
     Before the replay two thousand other sizes are made, and memory that is free is written over.
     """
     form, image, other = FORMS[form], fresh_sizes(), fresh_sizes()
+    constants._kept.clear()  # of other tests
     body = Body(form, both, image, form.points, device)
     compiling = Body(form, both, other, form.warming, device)  # Triton cannot in a capture
     on_a_side_stream(compiling.run, device)

@@ -29,10 +29,11 @@ class Config:
     width: int  # columns of a program's rectangle where queries are pixels; 0 takes runs of queries there too
     warps: int
     split: int = 1  # forward only: rows that share a query, each with its part of a level's points
-    pairs: bool = True  # forward only: neighbouring locations and weights are one load
+    pairs: int = 2  # forward only: 2: neighbouring locations and weights are one load; 1: locations; 0: none
     registers: int | None = None  # per thread, at most, on NVIDIA; None leaves it to the compiler
     vec: int = 8  # neighbouring channels that a lane has, at most
     rotate: bool = False  # rows take their chunks in as many orders as a row has places in a cache line
+    turn: bool = False  # forward only: rows take a level's points in as many orders as there are rounds of the loop
     heads_first: bool = False  # the heads of a tile run one after the other, not the tiles of a head
 
 
@@ -48,6 +49,7 @@ class Plan:
     SHARE: int = 1  # rows that share a query
     PAIRS: int = 0  # 1: x and y of a location are one load; 2: so are the weights of two points, a round of the loop
     ROTATE: int = 1  # different orders in which rows take their chunks
+    TURN: int = 1  # different orders in which rows take a level's points
     HEADS_FIRST: int = 0  # 1: of neighbouring programs the heads differ, 0: the tiles
     warps: int = 4
     registers: int | None = None
@@ -167,14 +169,16 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     share = config.split if kind.direction == "forward" and kind.P and kind.P % config.split == 0 else 1
     block_q = min(max(rows, share), MAX_ROWS) // share
     # the fused forward spills with two points at once
-    unroll = 1 if kind.fused and kind.direction == "forward" else config.unroll
-    pairs = kind.pairs if config.pairs else 0
+    unroll = 1 if kind.fused and kind.direction == "forward" and lane > 8 else config.unroll
+    pairs = min(kind.pairs, config.pairs)
     if pairs == 2:
         # a round of the loop takes two neighbouring points: a row needs all of a level's points, an even number
         if share == 1 and kind.P % 2 == 0 and unroll % 2 == 0:
             unroll //= 2
         else:
             pairs = 1
+    # rounds of the loop over the points of a level
+    rounds = kind.P // (2 if pairs == 2 else 1) if kind.direction == "forward" and share == 1 else 1
     return Plan(
         BLOCK_Q=block_q,
         BLOCK_W=min(config.width, block_q) if kind.pixels else 0,
@@ -185,6 +189,7 @@ def plan_of(config: Config, kind: Kind) -> Plan:
         PAIRS=pairs,
         # a row has kind.D / kind.vector * 16 bytes, and a place in a line 32; rows that share a query are added up
         ROTATE=min(chunks, max(kind.D // (2 * kind.vector), 1)) if config.rotate and share == 1 else 1,
+        TURN=rounds & -rounds if config.turn and rounds else 1,
         HEADS_FIRST=int(config.heads_first),
         warps=config.warps,
         registers=config.registers,
