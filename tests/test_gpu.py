@@ -290,7 +290,7 @@ def test_memory_of_a_cpu(case):
 @pytest.mark.parametrize(
     ("direction", "name"),
     [
-        (direction, name) if name == "8 x 8" else pytest.param(direction, name, marks=gpu)
+        (direction, name) if name == "many" else pytest.param(direction, name, marks=gpu)
         for direction in CONFIGS
         for name in (None, *CONFIGS[direction])
     ],
