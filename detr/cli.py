@@ -20,7 +20,7 @@ from detr.cli_train import add_flags, run_folder_of, run_training, scaled_preset
 from detr.config import PRESETS
 from detr.data import find_split, load_split, validation_loader
 from detr.distributed import ProcessError
-from detr.evaluate import evaluate, per_class_table
+from detr.evaluate import MAX_DETS, evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError, read_image
 from detr.output import MARKED, Folder, OutputError, claim_file, json_of, picture_of, write_file
@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 after an error that one line explains, 70 after one that is a fault of this program (its
         traceback is in a file), 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that somebody put there
+            stream.reconfigure(errors="backslashreplace")  # no name of a class or file stops a command
     options = _parser().parse_args(arguments)
     shown, of_threads = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -81,7 +84,7 @@ def _keep_traceback(options: argparse.Namespace) -> str:
     for place in (folder, None):
         with contextlib.suppress(OSError):
             number, name = tempfile.mkstemp(".txt", "detr-traceback-", place, text=True)
-            with open(number, "w") as file:
+            with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
                 traceback.print_exc(file=file)
             return f"the traceback in {name}"
     return "what you did: there is no room for its traceback"
@@ -138,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--annotations", type=Path, help="json, if its name is another")
     evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
     evaluation.add_argument("--batch-size", type=_at_least(1), help="images of one size at once (as in the training)")
+    evaluation.add_argument(
+        "--max-dets",
+        type=_at_least(1),
+        default=MAX_DETS,
+        metavar="N",
+        help="most detections of an image that count, the best ones (%(default)s, as COCO does)",
+    )
     evaluation.add_argument("--out", type=Path, help="also write the metrics to this json file")
     _add_device_and_workers(evaluation)
 
@@ -270,10 +280,10 @@ def _eval(options: argparse.Namespace) -> int:
     files = find_split(options.data, options.split, options.annotations, options.images)
     split = load_split(*files, categories)
     val = validation_loader(split, config, device, options.workers, options.batch_size)
-    metrics, table = evaluate(model, val, device)
-    print(table, per_class_table(metrics), sep="\n")
+    metrics, table = evaluate(model, val, device, options.max_dets)
     if options.out:
         write_file(options.out, json_of(metrics, "detr eval"), "detr eval")
+    print(table, per_class_table(metrics), sep="\n")
     return 0
 
 
