@@ -206,6 +206,13 @@ class Folder:
         with self.whole(name) as file:
             file.write(content)
 
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the files of these names, which must be the command's own (see `claim`), where they are there."""
+        for name in names:
+            self.claim([name])
+            with naming(self.path / name):
+                (self.path / name).unlink(missing_ok=True)
+
     def accept(self, names: Iterable[str]) -> None:
         """Take the files of these names that are there for the command's own, as they are now."""
         for name in names:
@@ -275,7 +282,7 @@ def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
     """An image file of the format that `suffix` names; one with a suffix in MARKED says who wrote it.
 
     Raises:
-        OutputError: Pillow writes no format by this name.
+        OutputError: Pillow writes no format by this name, or not this image, which is too wide or high for it.
     """
     format = Image.registered_extensions().get(suffix.lower())
     if format not in Image.SAVE:
@@ -288,7 +295,11 @@ def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
         options["exif"] = Image.Exif()
         options["exif"][_EXIF_SOFTWARE] = by
     buffer = io.BytesIO()
-    image.save(buffer, format, **options)
+    try:
+        image.save(buffer, format, **options)
+    except (OSError, ValueError) as error:
+        message = f"{image.width}x{image.height} pixels, which Pillow does not write as {format}"
+        raise OutputError(f"{message}: {error}") from None
     return buffer.getvalue()
 
 
