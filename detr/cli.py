@@ -23,6 +23,7 @@ from detr.distributed import ProcessError
 from detr.evaluate import MAX_DETS, evaluate, per_class_table
 from detr.export import FORMATS, NODES, export_model
 from detr.images import DataError, read_image
+from detr.labels import drawable_names
 from detr.output import MARKED, Folder, OutputError, claim_file, json_of, picture_of, write_file
 from detr.postprocess import NotFiniteError, best_of_each_query
 from detr.predict import find_images, load_pixels, predict
@@ -327,10 +328,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if query >= len(scores):
         raise DataError(f"--query: expected a number below {len(scores)}, got {query}")
     label = int(labels[query])
-    text = f"{list(categories.values())[label]} {scores[query]:.2f}"
-    drawn = draw_sampling_points(picture, locations[query], weights[query], boxes[query].tolist(), label, text)
+    box, score = boxes[query].tolist(), float(scores[query])
+    name = drawable_names(categories)[label]
+    drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, name, score)
     write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
+    text = f"{list(categories.values())[label]} {score:.2f}"
     print(f"{options.out}: the {count} points that query {query} ({text}) samples in decoder layer {layer}")
     return 0
 

@@ -18,6 +18,7 @@ from detr import run_folder
 from detr.config import Config
 from detr.data import collate
 from detr.images import SUFFIXES, DataError, draw_boxes, read_image, to_tensor
+from detr.labels import drawable_names
 from detr.output import Folder, OutputError, Written, picture_of
 from detr.postprocess import postprocess
 from detr.progress import progress
@@ -186,13 +187,13 @@ def predict(
     lines = ",\n".join(json.dumps(result) for result in in_order)
     folder.remove(target.as_posix() for target in failed)
     folder.write(RESULTS, f"[\n{lines}\n]\n".encode())
+    label_of, names = {category_id: i for i, category_id in enumerate(categories)}, drawable_names(categories)
     for source, target in progress(images, desc="drawing", unit="image", delay=2):
         if target in failed:
             continue
         try:
-            picture = picture_of(
-                _draw(read_image(source), results[source]["detections"], categories), target.suffix, BY
-            )
+            drawn = _draw(read_image(source), results[source]["detections"], label_of, names)
+            picture = picture_of(drawn, target.suffix, BY)
         except (DataError, OutputError) as error:
             failed[target] = f"{source}: no picture of it: {error}"
             folder.remove([target.as_posix()])
@@ -215,8 +216,8 @@ def _describe(rows: list[tuple[list[float], int, float]], categories: dict[int, 
     ]
 
 
-def _draw(picture: Image.Image, detections: list[dict[str, Any]], categories: dict[int, str]) -> Image.Image:
-    label_of = {category_id: label for label, category_id in enumerate(categories)}
+def _draw(picture: Image.Image, detections: list[dict[str, Any]], label_of: dict[int, int], names: list[str]):
     boxes = [[x, y, x + width, y + height] for x, y, width, height in (found["bbox"] for found in detections)]
-    texts = [f"{found['name']} {found['score']:.2f}" for found in detections]
-    return draw_boxes(picture, boxes, [label_of[found["category_id"]] for found in detections], texts)
+    labels = [label_of[found["category_id"]] for found in detections]
+    scores = [found["score"] for found in detections]
+    return draw_boxes(picture, boxes, labels, [names[label] for label in labels], scores)
