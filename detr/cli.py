@@ -314,7 +314,10 @@ def _inspect(options: argparse.Namespace) -> int:
     print(checkpoint.describe(content, model))
     if not options.image:
         return 0
-    picture = read_image(options.image)
+    try:
+        picture = read_image(options.image)
+    except DataError as error:
+        raise DataError(f"{options.image}: {error}") from None
     layer = options.layer or config.dec_layers
     if layer > config.dec_layers:
         raise DataError(f"--layer: expected at most {config.dec_layers}, got {layer}")

@@ -130,10 +130,11 @@ class Folder:
         by: the command, "detr predict" for example.
 
     Raises:
-        OutputError: there is something else than a folder at `path`.
+        OutputError: there is something else than a folder at `path`, or it is no name for a file system.
     """
 
     def __init__(self, path: Path, by: str) -> None:
+        _check_name(path)
         if os.path.lexists(path) and not path.is_dir():
             raise OutputError(f"{path}: expected a folder to write to, found a file")
         self.path, self.by = path, by
@@ -259,6 +260,7 @@ def claim_file(path: Path, by: str, writer: Callable[[Path], str | None] | None 
     Raises:
         OutputError: there is a folder, or a file that does not say so, or nothing can be written there.
     """
+    _check_name(path)
     if path.is_dir():
         raise OutputError(f"{path}: expected a file to write, found a folder")
     if os.path.lexists(path) and (not path.is_file() or (writer or writer_of)(path) != by):
@@ -336,6 +338,15 @@ def writable(folder: Path) -> None:
         raise OutputError(f"{folder}: expected a folder to write to, and {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OutputError(f"{folder}: not written: no permission to write to {place}")
+
+
+def _check_name(path: Path) -> None:
+    try:
+        known = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        known = False
+    if not known:
+        raise OutputError(f"{str(path)!a}: expected a name that the file system can write")
 
 
 def _not_ours(path: Path, by: str, why: str = "") -> OutputError:
