@@ -8,12 +8,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import matplotlib
-from matplotlib.ft2font import FT2Font
 from PIL import ImageDraw, ImageFont, features
 
-# ships with matplotlib: Latin, Greek, Cyrillic, and more
-_DEJAVU = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 _LONGEST = 100  # letters of a name that are drawn at most
 _files: dict[str, str | None] = {}  # text -> the file of a font that has all its letters, or None
 
@@ -71,7 +67,7 @@ def draw_labels(
         extents = [font.getbbox(text, anchor="ls") for text, font in parts if text]
         if not extents:
             continue
-        extents.append(_font(_DEJAVU, size).getbbox("Ag", anchor="ls"))
+        extents.append(_font(_dejavu(), size).getbbox("Ag", anchor="ls"))
         above, below = (f(extent[k] for extent in extents) for f, k in ((min, 1), (max, 3)))
         wide = math.ceil(sum(font.getlength(text) for text, font in parts)) + 2 * pad
         high = math.ceil(below - above) + 2 * pad
@@ -109,13 +105,21 @@ def _free(
 
 def _parts(name: str, end: str, size: int, room: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
     """A name and what comes after it, each with its font; the name is cut to `room` pixels. Empty if none fits."""
-    plain = _font(_DEJAVU, size)
+    plain = _font(_dejavu(), size)
     font = _font(_files[name], size)
     for count in range(min(len(name), _LONGEST), -1, -1):
         parts = [(name[:count], font), (end if count == len(name) else f"…{end}", plain)]
         if sum(font.getlength(text) for text, font in parts) <= room:
             return parts
     return []
+
+
+@functools.cache
+def _dejavu() -> str:
+    """The file of DejaVu Sans, which ships with matplotlib: Latin, Greek, Cyrillic, and more."""
+    import matplotlib  # slow, and not every command draws
+
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,6 +133,8 @@ def _one_line(name: str) -> str:
 
 def _find_fonts(texts: Iterable[str]) -> None:
     """Fill `_files`: every font is opened once at most."""
+    from matplotlib.ft2font import FT2Font
+
     missing = {text: _letters(text) for text in texts if text not in _files}
     shaped = features.check("raqm")
     for file in _font_files():
@@ -140,14 +146,14 @@ def _find_fonts(texts: Iterable[str]) -> None:
         except (OSError, RuntimeError):
             continue
         for text in drawable:
-            if all(map(font.get_char_index, missing[text])) and (file == _DEJAVU or _has_ink(file, text)):
+            if all(map(font.get_char_index, missing[text])) and (file == _dejavu() or _has_ink(file, text)):
                 _files[text] = file
                 del missing[text]
     _files.update(dict.fromkeys(missing))
 
 
 def _font_files() -> Iterator[str]:
-    yield _DEJAVU
+    yield _dejavu()
     from matplotlib.font_manager import findSystemFonts  # may take seconds, the first time
 
     files = [file for file in findSystemFonts() if "lastresort" not in file.lower()]  # which has boxes for letters

@@ -60,11 +60,16 @@ def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
         if not pairs:
             raise DataError(f"{where}{text}: expected an image, a folder of images or a pattern, found no image")
         for source, target in pairs:
-            if target.suffix.lower() not in SUFFIXES:
-                target = target.with_name(f"{target.name}.png")
             if found.setdefault(target, source) != source:
                 raise DataError(f"{source}: {found[target]} has the same name; predict them one after the other")
-    return [(source, target) for target, source in found.items()]
+    return [(source, _writable(target, found)) for target, source in found.items()]
+
+
+def _writable(target: Path, taken: dict[Path, Path]) -> Path:
+    path = target
+    while path.suffix.lower() not in SUFFIXES or (path != target and path in taken):
+        path = path.with_name(f"{path.name}.png")
+    return path
 
 
 def _without_lists(inputs: list[tuple[str, str]], above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:

@@ -132,6 +132,17 @@ def test_the_picture_gets_a_suffix_that_can_be_written(tmp_path, name):
     assert Image.open(tmp_path / "out" / f"{name}.png").format == "PNG"
 
 
+def test_a_suffix_is_added_to_no_name_that_is_taken(tmp_path):
+    touch(tmp_path, "a.png", "b.gif.png")
+    for name in ("a", "a.gif", "b.gif"):
+        (tmp_path / name).touch()
+    pairs = find_images([str(tmp_path / "*")])
+    assert {source.name: target.name for source, target in pairs} == {
+        **{"a": "a.png.png", "a.png": "a.png", "a.gif": "a.gif.png"},
+        **{"b.gif": "b.gif.png.png", "b.gif.png": "b.gif.png"},
+    }
+
+
 def test_the_json_comes_before_the_pictures(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", "b.png")
 
