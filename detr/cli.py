@@ -332,12 +332,12 @@ def _inspect(options: argparse.Namespace) -> int:
         raise DataError(f"--query: expected a number below {len(scores)}, got {query}")
     label = int(labels[query])
     box, score = boxes[query].tolist(), float(scores[query])
-    name = drawable_names(categories)[label]
-    drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, name, score)
+    category_id, name = list(categories.items())[label]
+    [shown] = drawable_names({category_id: name})
+    drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, shown, score)
     write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
-    text = f"{list(categories.values())[label]} {score:.2f}"
-    print(f"{options.out}: the {count} points that query {query} ({text}) samples in decoder layer {layer}")
+    print(f"{options.out}: the {count} points that query {query} ({name} {score:.2f}) samples in decoder layer {layer}")
     return 0
 
 
