@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from detr.config import BATCH, COUNT, FORMATS, NODES, PIXELS, PRESETS, SEED, short
+from detr.config import BATCH, COUNT, FORMATS, MAX_DETS, NODES, PIXELS, PRESETS, SEED, short
 from detr.errors import DataError, UserError
 from detr.flags import Parser, add_flags, checkpoint_of, number, path, place, run_folder_of, scaled_preset
 
@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 after an error that one line explains, 70 after one that is a fault of this program (its
         traceback is in a file), 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that somebody put there
+            stream.reconfigure(errors="backslashreplace")  # no name of a class or file stops a command
     options = _parser().parse_args(arguments)
     shown, of_threads = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -80,7 +83,7 @@ def _keep_traceback(options: argparse.Namespace) -> str:
     for parent in (folder, None):
         with contextlib.suppress(OSError):
             descriptor, name = tempfile.mkstemp(".txt", "detr-traceback-", parent, text=True)
-            with open(descriptor, "w") as file:
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                 traceback.print_exc(file=file)
             return f"the traceback in {name}"
     return "what you did: there is no room for its traceback"
@@ -142,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument(
         "--batch-size", type=number(int, 1, BATCH), help="images of one size at once (as in the training)"
+    )
+    evaluation.add_argument(
+        "--max-dets",
+        type=number(int, 1, COUNT),
+        default=MAX_DETS,
+        metavar="N",
+        help="most detections of an image that count, the best ones (%(default)s, as COCO does)",
     )
     evaluation.add_argument("--out", type=path, help="also write the metrics to this json file")
     _add_device_and_workers(evaluation)
@@ -287,10 +297,10 @@ def _eval(options: argparse.Namespace) -> int:
     files = find_split(options.data, options.split, options.annotations, options.images)
     split = load_split(*files, categories)
     val = validation_loader(split, config, device, options.workers, options.batch_size)
-    metrics, table = evaluate(model, val, device)
-    print(table, per_class_table(metrics), sep="\n")
+    metrics, table = evaluate(model, val, device, options.max_dets)
     if options.out:
         write_file(options.out, json_of(metrics, "detr eval"), "detr eval")
+    print(table, per_class_table(metrics), sep="\n")
     return 0
 
 
@@ -314,6 +324,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from detr import checkpoint
     from detr.images import read_image
+    from detr.labels import drawable_names
     from detr.output import MARKED, OutputError, claim_file, picture_of, write_file
     from detr.postprocess import best_of_each_query
     from detr.predict import load_pixels
@@ -331,7 +342,10 @@ def _inspect(options: argparse.Namespace) -> int:
     print(checkpoint.describe(content, model))
     if not options.image:
         return 0
-    picture = read_image(options.image)
+    try:
+        picture = read_image(options.image)
+    except DataError as error:
+        raise DataError(f"{options.image}: {error}") from None
     layer = options.layer or config.dec_layers
     if layer > config.dec_layers:
         raise DataError(f"--layer: expected at most {config.dec_layers}, got {layer}")
@@ -345,11 +359,13 @@ def _inspect(options: argparse.Namespace) -> int:
     if query >= len(scores):
         raise DataError(f"--query: expected a number below {len(scores)}, got {query}")
     label = int(labels[query])
-    text = f"{list(categories.values())[label]} {scores[query]:.2f}"
-    drawn = draw_sampling_points(picture, locations[query], weights[query], boxes[query].tolist(), label, text)
+    box, score = boxes[query].tolist(), float(scores[query])
+    category_id, name = list(categories.items())[label]
+    [shown] = drawable_names({category_id: name})
+    drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, shown, score)
     write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
-    print(f"{options.out}: the {count} points that query {query} ({text}) samples in decoder layer {layer}")
+    print(f"{options.out}: the {count} points that query {query} ({name} {score:.2f}) samples in decoder layer {layer}")
     return 0
 
 

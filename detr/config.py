@@ -16,6 +16,7 @@ COUNT = 10**9  # the largest number of steps and other things that are only coun
 BATCH = 2**14  # the most images at once
 PIXELS = 10_000  # the longest that the shorter side of an image may be in the model
 SEED = 2**63 - 1  # the largest seed
+MAX_DETS = 100  # COCO counts the best 100 detections of an image
 
 
 def short(value: Any) -> str:

@@ -74,7 +74,7 @@ CONFIGS = {
     "decoder": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=True, refine=True, n_levels=2),
 }
 SIZE = (32, 48)
-NAMES = ["cat", "dog", "owl"]
+NAMES = ["cat", "猫", "\ud800"]  # a name may be any text that json can hold
 
 
 @pytest.fixture(scope="module")
