@@ -100,7 +100,8 @@ def coco_metrics(
     scores = evaluation.eval["scores"][0, :, :, 0, -1]
     counts = np.bincount(split.images.labels[~split.images.crowd], minlength=len(split.class_names))
     text = table.getvalue()
-    if max_dets != MAX_DETS:  # pycocotools looks for 100 in the first line, whatever it was told
+    if max_dets != MAX_DETS and (precision > -1).any():
+        # pycocotools looks for 100 in the first line, whatever it was told
         metrics["AP"] = float(precision[precision > -1].mean())
         text = text.replace("maxDets=100 ] = -1.000", f"maxDets={max_dets:>3d} ] = {metrics['AP']:0.3f}", 1)
     metrics["per_class"] = {}

@@ -201,7 +201,7 @@ CONFIGS = {
     "forward": {
         "many": Config(tile=1024, lane=8, unroll=4, width=8, warps=4, rotate=True, turn=True, registers=80),
         "runs": Config(tile=1024, lane=8, unroll=4, width=0, warps=4, rotate=True, turn=True, registers=80),
-        "two warps": Config(tile=512, lane=8, unroll=4, width=4, warps=2, rotate=True, turn=True),
+        "one warp": Config(tile=256, lane=8, unroll=4, width=4, warps=1, rotate=True, turn=True),
         "lanes of 4": Config(tile=512, lane=4, unroll=4, width=4, warps=4, vec=4),
         "lanes of 16": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True),
         "lanes of 16, 128 registers": Config(
@@ -234,7 +234,7 @@ TABLE = {
     ("forward", "many"): {"": "lanes of 16", "sm": "many", "gfx": "not rotated", "gfx1100": "large"},
     ("forward", "half"): {"": "lanes of 16", "sm": "runs", "gfx": "not rotated", "gfx1100": "large"},
     ("forward", "few"): {"": "few"},
-    ("forward", "large"): {"": "large", "sm": "two warps"},
+    ("forward", "large"): {"": "large", "sm": "one warp"},
     ("backward", "many"): {
         "": "lanes of 16",
         "sm": "many",
@@ -256,7 +256,7 @@ TABLE = {
 # what `set_autotune(True)` times besides
 TIMED = {
     "forward": (
-        "many", "runs", "two warps", "lanes of 4", "lanes of 16", "lanes of 16, 128 registers", "not rotated", "few",
+        "many", "runs", "one warp", "lanes of 4", "lanes of 16", "lanes of 16, 128 registers", "not rotated", "few",
     ),
     "backward": ("many", "lanes of 8", "lanes of 16", "eight channels", "large"),
 }  # fmt: skip
