@@ -200,7 +200,7 @@ def resources(workload: Workload, distribution: str, case: Case, plan: Plan, ins
     counts = (
         workload,
         distribution,
-        replace(plan, UNROLL=1, PAIRS=0, HEADS_FIRST=0, registers=None),
+        replace(plan, UNROLL=1, PAIRS=0, TURN=1, registers=None),
     )  # what counts depend on
     cycles = value_loads(*counts, itemsize)[:4] + sample_loads(workload, plan)
     us = {"peak": peak, "issue": peak / ISSUE_REACHED}

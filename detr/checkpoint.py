@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from detr.config import Config, short
+from detr.errors import UserError
 from detr.model import DeformableDETR, build_model
 from detr.output import Folder, whole
 
@@ -35,7 +36,7 @@ _DAMAGED = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that cannot be read or used; the message names the file and the field."""
 
 
@@ -110,8 +111,10 @@ def read(path: Path) -> Any:
     Raises:
         CheckpointError: the file is missing, empty or damaged, or holds more than tensors and plain values.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder, expected a file, or a run with best.pt or checkpoint.pt in it")
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'the file is missing'}")
+        raise CheckpointError(f"{path}: the file is missing")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: not readable: the file is empty")
     try:

@@ -7,32 +7,29 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from detr.config import BATCH, COUNT, FORMATS, MAX_DETS, NODES, PIXELS, PRESETS, SEED, short
+from detr.errors import DataError, UserError
+from detr.flags import (
+    Parser,
+    add_flags,
+    add_reading_flags,
+    checkpoint_of,
+    number,
+    path,
+    place,
+    reading_of,
+    run_folder_of,
+    scaled_preset,
+)
 
-from detr import checkpoint, run_folder
-from detr.check_data import by_kind, check_pair, check_split
-from detr.checkpoint import CheckpointError
-from detr.cli_train import add_flags, add_reading_flags, reading_of, run_folder_of, run_training, scaled_preset
-from detr.config import PRESETS
-from detr.data import find_split, load_split, make_split, validation_loader
-from detr.distributed import ProcessError
-from detr.evaluate import evaluate, per_class_table
-from detr.export import FORMATS, NODES, export_model
-from detr.images import DataError, read_image
-from detr.output import MARKED, Folder, OutputError, claim_file, json_of, picture_of, write_file
-from detr.postprocess import NotFiniteError, best_of_each_query
-from detr.predict import find_images, load_pixels, predict
-from detr.sampling import draw_sampling_points, sampling_points
-from detr.summary import summary, summary_table
-from detr.synth import write_dataset
-from detr.trainer import TrainingError
-from detr.weights import export_weights
+# The commands import what they need by themselves: with PyTorch and its kin `detr --help` would take ten seconds.
 
 EX_SOFTWARE = 70  # of sysexits.h
+_WORKERS = 256  # the most processes that load images
+_IMAGES = 1_000_000  # the most that are drawn for a split
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 after an error that one line explains, 70 after one that is a fault of this program (its
         traceback is in a file), 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that somebody put there
+            stream.reconfigure(errors="backslashreplace")  # no name of a class or file stops a command
     options = _parser().parse_args(arguments)
     shown, of_threads = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -51,18 +51,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         return options.run(options)
-    except (DataError, CheckpointError, OutputError, TrainingError, NotFiniteError, ProcessError, OSError) as error:
+    except (UserError, OSError) as error:
         return _complain(options, f"error: {error}", 1)
-    except torch.OutOfMemoryError as error:
-        return _complain(options, f"error: {str(error).splitlines()[0]} Fewer images at once need less", 1)
     except KeyboardInterrupt:
         return _complain(options, "interrupted", 130)
     except Exception as error:  # whatever it is, the user gets one line
-        text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        message = (str(error).strip() or "no message").splitlines()[0]
+        if _is_want_of_memory(error):
+            return _complain(options, f"error: not enough memory: {message}; fewer or smaller images need less", 1)
+        text = f"{type(error).__name__}: {message}"
         where = _keep_traceback(options)
         return _complain(options, f"{text} (a fault of detr: please report it, with {where})", EX_SOFTWARE)
     finally:
         warnings.showwarning, threading.excepthook = shown, of_threads
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    # PyTorch has a class for that of a GPU only
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error))
+    )
 
 
 def _complain(options: argparse.Namespace, text: str, code: int) -> int:
@@ -77,19 +86,22 @@ def _keep_traceback(options: argparse.Namespace) -> str:
     Returns:
         Words that name it.
     """
+    from detr import run_folder
+    from detr.output import Folder
+
     run = run_folder_of(options) if options.command == "train" else None
     folder = run if run and run.is_dir() and Folder(run, run_folder.BY).knows_any() else None
-    for place in (folder, None):
+    for parent in (folder, None):
         with contextlib.suppress(OSError):
-            number, name = tempfile.mkstemp(".txt", "detr-traceback-", place, text=True)
-            with open(number, "w") as file:
+            descriptor, name = tempfile.mkstemp(".txt", "detr-traceback-", parent, text=True)
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                 traceback.print_exc(file=file)
             return f"the traceback in {name}"
     return "what you did: there is no room for its traceback"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="detr", description="Train and use Deformable DETR on COCO-format data.")
+    parser = Parser(prog="detr", description="Train and use Deformable DETR on COCO-format data.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -100,18 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     synth = add(
         "synth", _synth, "Write a synthetic dataset: coloured shapes on textured backgrounds, JPEG and COCO json."
     )
-    synth.add_argument("out", type=Path, help="folder to write to")
-    synth.add_argument("--train", type=_at_least(1), default=2000, help="training images (%(default)s)")
-    synth.add_argument("--val", type=_at_least(1), default=200, help="validation images (%(default)s)")
+    synth.add_argument("out", type=path, help="folder to write to")
+    synth.add_argument("--train", type=number(int, 1, _IMAGES), default=2000, help="training images (%(default)s)")
+    synth.add_argument("--val", type=number(int, 1, _IMAGES), default=200, help="validation images (%(default)s)")
     synth.add_argument(
-        "--size", type=_at_least(32), default=128, help="width and height of the images, pixels (%(default)s)"
+        "--size", type=number(int, 32, 4096), default=128, help="width and height of the images, pixels (%(default)s)"
     )
-    synth.add_argument("--seed", type=_at_least(0), default=0, help="the same seed draws the same images (%(default)s)")
+    synth.add_argument(
+        "--seed", type=number(int, 0, SEED), default=0, help="the same seed draws the same images (%(default)s)"
+    )
 
     check = add(
         "check-data", _check_data, "Look for every fault of a dataset that would spoil a training; exit code 1 if any."
     )
-    check.add_argument("data", type=Path, help="folder of the dataset")
+    check.add_argument("data", type=path, help="folder of the dataset")
     _add_split_names(check, "train")
     _add_split_names(check, "val")
     add_reading_flags(check)
@@ -122,12 +136,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the model to be trained (%(default)s)",
     )
-    check.add_argument("--image-size", type=_at_least(1), help="as for train, pixels (the preset's)")
-    check.add_argument("--n-queries", type=_at_least(1), help="most objects that the model can find (the preset's)")
-    check.add_argument("--json", type=Path, help="also write everything that was found to this file")
+    check.add_argument("--image-size", type=number(int), help="as for train, pixels (the preset's)")
+    check.add_argument("--n-queries", type=number(int), help="most objects that the model can find (the preset's)")
+    check.add_argument("--json", type=path, help="also write everything that was found to this file")
 
     training = add("train", _train, "Train a detector; the run directory can be resumed after any interruption.")
-    training.add_argument("--data", type=Path, help="folder of a COCO-format dataset")
+    training.add_argument("--data", type=path, help="folder of a COCO-format dataset")
     _add_split_names(training, "train")
     _add_split_names(training, "val")
     add_reading_flags(training)
@@ -135,47 +149,70 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_and_workers(training)
 
     evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
-    evaluation.add_argument("--data", type=Path, required=True, help="folder of a COCO-format dataset")
+    evaluation.add_argument("--data", type=path, required=True, help="folder of a COCO-format dataset")
     evaluation.add_argument("--split", default="val", help="train, val, test, ... (%(default)s)")
-    evaluation.add_argument("--images", type=Path, help="image folder, if its name is another")
-    evaluation.add_argument("--annotations", type=Path, help="json, if its name is another")
-    evaluation.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    evaluation.add_argument("--images", type=path, help="image folder, if its name is another")
+    evaluation.add_argument("--annotations", type=path, help="json, if its name is another")
+    evaluation.add_argument(
+        "--checkpoint", type=path, required=True, help="best.pt or checkpoint.pt of a run, or its folder"
+    )
     add_reading_flags(evaluation)
-    evaluation.add_argument("--batch-size", type=_at_least(1), help="images of one size at once (as in the training)")
-    evaluation.add_argument("--out", type=Path, help="also write the metrics to this json file")
+    evaluation.add_argument(
+        "--batch-size", type=number(int, 1, BATCH), help="images of one size at once (as in the training)"
+    )
+    evaluation.add_argument(
+        "--max-dets",
+        type=number(int, 1, COUNT),
+        default=MAX_DETS,
+        metavar="N",
+        help="most detections of an image that count, the best ones (%(default)s, as COCO does)",
+    )
+    evaluation.add_argument("--out", type=path, help="also write the metrics to this json file")
     _add_device_and_workers(evaluation)
 
     prediction = add("predict", _predict, "Detect objects in images: pictures with boxes, and predictions.json.")
     prediction.add_argument(
-        "inputs", nargs="+", metavar="IMAGE", help="image, folder, glob pattern, or .txt file with one of these a line"
+        "inputs",
+        nargs="+",
+        type=place,
+        metavar="IMAGE",
+        help="image, folder, glob pattern, or .txt file with one of these a line",
+    )
+    prediction.add_argument(
+        "--checkpoint", type=path, required=True, help="best.pt or checkpoint.pt of a run, or its folder"
+    )
+    prediction.add_argument("--out", type=path, default=Path("runs/predict"), help="folder to write to (%(default)s)")
+    prediction.add_argument(
+        "--threshold", type=number(float, 0, 1), default=0.5, help="lowest score to report, 0 to 1 (%(default)s)"
     )
     add_reading_flags(prediction)
-    prediction.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
-    prediction.add_argument("--out", type=Path, default=Path("runs/predict"), help="folder to write to (%(default)s)")
-    prediction.add_argument("--threshold", type=float, default=0.5, help="lowest score to report, 0 to 1 (%(default)s)")
     prediction.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=number(int, 1, BATCH),
         default=1,
         help="images of one size at once (%(default)s)",
     )
     _add_device(prediction)
 
     inspection = add("inspect", _inspect, "Say what a checkpoint is; with --image, draw where one query looks.")
-    inspection.add_argument("checkpoint", type=Path, help="checkpoint.pt or best.pt of a run")
-    inspection.add_argument("--image", type=Path, help="draw the sampling points of a query on this image")
+    inspection.add_argument("checkpoint", type=path, help="best.pt or checkpoint.pt of a run, or its folder")
+    inspection.add_argument("--image", type=path, help="draw the sampling points of a query on this image")
     add_reading_flags(inspection)
-    inspection.add_argument("--query", type=_at_least(0), help="number of the query (the one with the best score)")
     inspection.add_argument(
-        "--layer", type=_at_least(1), help="decoder layer whose points are drawn, from 1 (the last)"
+        "--query", type=number(int, 0, COUNT), help="number of the query (the one with the best score)"
     )
     inspection.add_argument(
-        "--out", type=Path, default=Path("runs/sampling.png"), help="picture to write (%(default)s)"
+        "--layer", type=number(int, 1, COUNT), help="decoder layer whose points are drawn, from 1 (the last)"
+    )
+    inspection.add_argument(
+        "--out", type=path, default=Path("runs/sampling.png"), help="picture to write (%(default)s)"
     )
     _add_device(inspection)
 
     export = add("export", _export, "Write the weights of a checkpoint for other code, or the whole model.")
-    export.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt of a run")
+    export.add_argument(
+        "--checkpoint", type=path, required=True, help="best.pt or checkpoint.pt of a run, or its folder"
+    )
     export.add_argument(
         "--to",
         choices=("official", "hf", *FORMATS),
@@ -183,10 +220,10 @@ def _parser() -> argparse.ArgumentParser:
         help="weights: the original's file, or a Hugging Face folder; the model: onnx, torch-export (a .pt2 file of "
         "torch.export), aoti (a .pt2 package that AOTInductor compiles for this CPU)",
     )
-    export.add_argument("--out", type=Path, required=True, help="file or folder to write")
+    export.add_argument("--out", type=path, required=True, help="file or folder to write")
     export.add_argument(
         "--size",
-        type=_at_least(32),
+        type=number(int, 32, PIXELS),
         nargs=2,
         metavar=("H", "W"),
         help="of the padded images that an exported model takes, pixels (image_size of the config, twice)",
@@ -200,48 +237,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"expected at least {smallest}, got {value}")
-        return value
-
-    return integer
-
-
 def _add_split_names(parser: argparse.ArgumentParser, split: str) -> None:
     for what, kind in (("json", "json"), ("images", "image folder")):
         text = f"{kind} of the split {split}, relative to the dataset, if its name is not one of COCO's"
-        parser.add_argument(f"--{split}-{what}", type=Path, help=text)
+        parser.add_argument(f"--{split}-{what}", type=path, help=text)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     text = "cpu, cuda, cuda:1, ... (cuda if there is a GPU, else cpu)"
-    parser.add_argument("--device", default=_default_device(), help=text)
+    parser.add_argument("--device", help=text)
 
 
 def _add_device_and_workers(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     parser.add_argument(
-        "--workers", type=_at_least(0), help="processes that load images (default: 0 if all fit in memory)"
+        "--workers", type=number(int, 0, _WORKERS), help="processes that load images (default: 0 if all fit in memory)"
     )
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _synth(options: argparse.Namespace) -> int:
+    from detr.synth import write_dataset
+
     write_dataset(options.out, options.train, options.val, options.size, options.seed)
     print(f"{options.out}: {options.train} training and {options.val} validation images")
     return 0
 
 
 def _check_data(options: argparse.Namespace) -> int:
+    from detr.check_data import by_kind, check_pair, check_split
+    from detr.data import find_split, make_split
+    from detr.output import claim_file, json_of, write_file
+    from detr.summary import summary, summary_table
+
     if options.json:
         claim_file(options.json, "detr check-data")
-    overrides = {name: getattr(options, name) for name in ("image_size", "n_queries") if getattr(options, name)}
+    overrides = {name: getattr(options, name) for name in ("image_size", "n_queries")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     config = scaled_preset(options.preset, None, **overrides)
     report, fatal, splits, reading = {}, 0, {}, reading_of(vars(options))
     for split in ("train", "val"):
@@ -268,28 +299,38 @@ def _check_data(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from detr.cli_train import run_training
+
     return run_training(options, _device(options))
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from detr import checkpoint
+    from detr.data import find_split, load_split, validation_loader
+    from detr.evaluate import evaluate, per_class_table
+    from detr.output import claim_file, json_of, write_file
+
     device = _device(options)
     if options.out:
         claim_file(options.out, "detr eval")
-    model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), device)
     files = find_split(options.data, options.split, options.annotations, options.images)
     split = load_split(*files, categories, reading=reading_of(vars(options)))
     val = validation_loader(split, config, device, options.workers, options.batch_size)
-    metrics, table = evaluate(model, val, device)
-    print(table, per_class_table(metrics), sep="\n")
+    metrics, table = evaluate(model, val, device, options.max_dets)
     if options.out:
         write_file(options.out, json_of(metrics, "detr eval"), "detr eval")
+    print(table, per_class_table(metrics), sep="\n")
     return 0
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from detr import checkpoint
+    from detr.predict import find_images, predict
+
     device = _device(options)
     images = find_images(options.inputs)
-    model, config, categories = checkpoint.load_model(options.checkpoint, device)
+    model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), device)
     reading = reading_of(vars(options))
     results, unreadable = predict(
         model, config, categories, images, options.out, options.threshold, device, options.batch_size, reading
@@ -302,41 +343,61 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from detr import checkpoint
+    from detr.images import read_image
+    from detr.labels import drawable_names
+    from detr.output import MARKED, OutputError, claim_file, picture_of, write_file
+    from detr.postprocess import best_of_each_query
+    from detr.predict import load_pixels
+    from detr.sampling import draw_sampling_points, sampling_points
+
     device = _device(options)
     if options.image:
         if options.out.suffix.lower() not in MARKED:
             raise OutputError(f"{options.out}: expected a name that ends in one of {', '.join(MARKED)}")
         claim_file(options.out, "detr inspect")
-    content = checkpoint.load(options.checkpoint)
-    model, config = checkpoint.model_of(content, options.checkpoint)
+    file = checkpoint_of(options.checkpoint)
+    content = checkpoint.load(file)
+    model, config = checkpoint.model_of(content, file)
     model, categories = model.to(device).eval(), checkpoint.classes_of(content)
     print(checkpoint.describe(content, model))
     if not options.image:
         return 0
-    picture = read_image(options.image, None, reading_of(vars(options)))
+    try:
+        picture = read_image(options.image, None, reading_of(vars(options)))
+    except DataError as error:
+        raise DataError(f"{options.image}: {error}") from None
     layer = options.layer or config.dec_layers
     if layer > config.dec_layers:
         raise DataError(f"--layer: expected at most {config.dec_layers}, got {layer}")
     try:
         outputs, locations, weights = sampling_points(model, load_pixels(picture, config).to(device), layer - 1)
     except ValueError as error:
-        raise CheckpointError(f"{options.checkpoint}: {error}") from None
+        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
     # one detection for each query, in the order of queries
     scores, labels, boxes = best_of_each_query(outputs, picture.size)
     query = int(scores.argmax()) if options.query is None else options.query
     if query >= len(scores):
         raise DataError(f"--query: expected a number below {len(scores)}, got {query}")
     label = int(labels[query])
-    text = f"{list(categories.values())[label]} {scores[query]:.2f}"
-    drawn = draw_sampling_points(picture, locations[query], weights[query], boxes[query].tolist(), label, text)
+    box, score = boxes[query].tolist(), float(scores[query])
+    category_id, name = list(categories.items())[label]
+    [shown] = drawable_names({category_id: name})
+    drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, shown, score)
     write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
-    print(f"{options.out}: the {count} points that query {query} ({text}) samples in decoder layer {layer}")
+    print(f"{options.out}: the {count} points that query {query} ({name} {score:.2f}) samples in decoder layer {layer}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    model, config, categories = checkpoint.load_model(options.checkpoint, torch.device("cpu"))
+    import torch
+
+    from detr import checkpoint
+    from detr.export import export_model
+    from detr.weights import export_weights
+
+    model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), torch.device("cpu"))
     names = list(categories.values())
     try:
         if options.to in FORMATS:
@@ -345,16 +406,26 @@ def _export(options: argparse.Namespace) -> int:
         else:
             path = export_weights(model, options.out, options.to, names)
     except ValueError as error:
-        raise CheckpointError(f"{options.checkpoint}: {error}") from None
+        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
     print(f"{path}: written")
     return 0
 
 
-def _device(options: argparse.Namespace) -> torch.device:
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        raise DataError(f"--device: expected cpu, cuda, cuda:1, ..., got {options.device!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"--device: {options.device!r}: torch finds no GPU")
-    return device
+def _device(options: argparse.Namespace) -> Any:
+    """The torch.device of --device, or the best there is.
+
+    Raises:
+        DataError: torch has no such device here.
+    """
+    import torch
+
+    here = ["cpu"]
+    for kind in ("cuda", "xpu", "mps"):
+        count = torch.get_device_module(kind).device_count()
+        here += [kind, *(f"{kind}:{i}" for i in range(count))] if count else []
+    name = options.device
+    if name is None:
+        name = "cuda" if "cuda" in here else "cpu"
+    if name not in here:
+        raise DataError(f"--device: expected one of {', '.join(here)}, got {short(name)}")
+    return torch.device(name)

@@ -1,9 +1,8 @@
-"""The subcommand `train`: its flags, and from them a trainer and a run directory."""
+"""The subcommand `train`: from its flags a trainer and a run directory."""
 
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import uuid
 import warnings
@@ -14,108 +13,14 @@ import torch
 
 from detr import checkpoint, distributed, resume, run_folder
 from detr.check_data import check_pair
-from detr.config import BACKENDS, PRESETS, RECIPE_FIELDS, RECIPES, Config, departures, preset
+from detr.config import Config, departures
 from detr.data import find_split, load_split, raise_or_warn, validation_loader
 from detr.engine import train
-from detr.images import MAX_PIXELS, DataError, Reading
+from detr.errors import DataError
+from detr.flags import CONFIG_FLAGS, SWITCHES, checkpoint_of, new_config, reading_of, run_folder_of
 from detr.split import Split
 from detr.trainer import Trainer
 from detr.weights import Report, load_weights
-
-# flags that replace a field of the preset: type or choices, text
-CONFIG_FLAGS = {
-    "steps": (int, "optimiser steps"),
-    "epochs": (int, "passes over the training images; used where steps is not set"),
-    "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
-    "accumulate": (
-        int,
-        "batches that a process computes one after the other for a step, to save memory; 0, for all but the tiny "
-        "presets: enough for 2 images at most in each",
-    ),
-    "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
-    "image_size": (int, "shortest side of an image in the model, pixels; the longest allowed follows it"),
-    "ema": (float, "decay of averaged weights, e.g. 0.999; 0 averages none"),
-    "amp": (("none", "bf16", "fp16"), "autocast of the model; boxes and losses stay float32"),
-    "patience": (int, "evaluations without a better AP that end the run; 0 never does"),
-    "backend": (BACKENDS, "of the deformable attention: inductor is faster on CPUs and needs a C++ compiler"),
-    "seed": (int, "of initialisation, order, augmentation and dropout"),
-}
-SWITCHES = {
-    "compile": "torch.compile the model: slow first steps, fast later ones",
-    "grad_checkpointing": "recompute the transformer's layers in the backward: less memory, more time",
-}
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `train`, those of the data and the device apart."""
-    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"model: {', '.join(PRESETS)} (tiny)")
-    parser.add_argument(
-        "--recipe",
-        choices=RECIPES,
-        help="how it is trained: official, as in the paper, from an ImageNet backbone; finetune, from --weights of a "
-        "detector; tiny, small models from nothing (the preset's)",
-    )
-    parser.add_argument("--out", type=Path, help="new run directory (runs/train)")
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help="continue the run in this directory, as it was; --data says where its data is now, if it was moved",
-    )
-    parser.add_argument(
-        "--accept-changed-data",
-        action="store_true",
-        help="with --resume: go on although images or boxes are not those that the run was trained on",
-    )
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        help="start from the weights in this file or folder: ours, official, Hugging Face, torchvision",
-    )
-    parser.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
-    for name, (kind, text) in CONFIG_FLAGS.items():
-        values = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
-        parser.add_argument(
-            _flag(name),
-            default=argparse.SUPPRESS,
-            help=f"{text} (the {'recipe' if name in RECIPE_FIELDS else 'preset'}'s)",
-            **values,
-        )
-    for name, text in SWITCHES.items():
-        parser.add_argument(_flag(name), default=argparse.SUPPRESS, action="store_true", help=text)
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of the config (detr/config.py lists them), value as json; may be repeated",
-    )
-    parser.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases, if installed")
-
-
-def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how image files are read: see `reading_of`."""
-    parser.add_argument(
-        "--exif",
-        choices=("turn", "ignore"),
-        help="turn pixels as their EXIF orientation says, where width and height of the json do not say that the boxes "
-        "are of the stored ones; or ignore it: pixels as they are stored (turn)",
-    )
-    parser.add_argument(
-        "--large-images",
-        action="store_true",
-        help=f"also read images of more than {MAX_PIXELS / 1e6:.0f} million pixels (refused, as files that are made to "
-        "fill the memory)",
-    )
-
-
-def reading_of(flags: dict[str, Any]) -> Reading:
-    """How image files are read, from the values of `add_reading_flags`, which may be absent."""
-    return Reading(flags.get("exif") or "turn", bool(flags.get("large_images")))
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def run_training(options: argparse.Namespace, device: torch.device) -> int:
@@ -129,11 +34,6 @@ def run_training(options: argparse.Namespace, device: torch.device) -> int:
     return code
 
 
-def run_folder_of(options: argparse.Namespace) -> Path:
-    """The folder that `detr train` with these flags writes to."""
-    return options.resume or options.out or Path("runs/train")
-
-
 def _run(options: argparse.Namespace, device: torch.device) -> int:
     out = run_folder_of(options)
     path = out / "checkpoint.pt"
@@ -141,7 +41,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     with contextlib.ExitStack() as held:
         if options.resume:
             if out.is_file():
-                raise checkpoint.CheckpointError(f"{out}: expected the folder of a run, got a file")
+                raise checkpoint.CheckpointError(
+                    f"{out}: expected the folder of a run or the checkpoint.pt in it, which alone can be resumed"
+                )
             if not path.is_file():
                 raise checkpoint.CheckpointError(f"{path}: the file is missing: no run to continue")
             if main:
@@ -158,7 +60,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             distributed.wait()
             if options.accept_changed_data:
                 raise DataError("--accept-changed-data: expected --resume beside it")
-            config, data, categories = _config(options), distributed.from_main(lambda: _data(options)), None
+            config, data, categories = new_config(options), distributed.from_main(lambda: _data(options)), None
 
         # the main process looks at the files first: one message for a fault, and no storm of reads
         splits = _load(data, config, categories, read_headers=True) if main else {}
@@ -202,7 +104,7 @@ def _initialise(options: argparse.Namespace, trainer: Trainer) -> Report | None:
             warnings.warn("recipe finetune is for the --weights of a detector, and none are given", stacklevel=1)
         return None
     try:
-        return load_weights(trainer.model, options.weights, trainer.split.class_names)
+        return load_weights(trainer.model, checkpoint_of(options.weights), trainer.split.class_names)
     except ValueError as error:
         raise checkpoint.CheckpointError(str(error)) from None
 
@@ -259,6 +161,12 @@ def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
     averaging = f"; EMA {config.ema:g}" if config.ema else ""
     print(f"AdamW rates: {rates}; warm-up {config.warmup_steps} steps, {decay}{averaging}; autocast {config.amp}")
     print(f"on {trainer.device}; results in {out}")
+    if config.warmup_steps > trainer.total_steps:
+        text = f"the warm-up of {config.warmup_steps} steps is longer than the run of {trainer.total_steps}"
+        warnings.warn(f"warmup_steps: {text}: the rates stay below their full value", stacklevel=1)
+    if config.batch_size > len(trainer.split.images):
+        text = f"a step of {config.batch_size} images has some of the {len(trainer.split.images)} more than once"
+        warnings.warn(f"batch_size: {text}", stacklevel=1)
     changed = departures(config)
     if changed:
         text = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
@@ -267,41 +175,6 @@ def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
             root = config.lr * (ours / theirs) ** 0.5
             text += f"; the rates were not scaled with the batch (the square-root rule for Adam: --lr {root:.2g})"
         warnings.warn(f"not as in recipe {config.recipe}: {text}", stacklevel=1)
-
-
-def _config(options: argparse.Namespace) -> Config:
-    names = (*CONFIG_FLAGS, *SWITCHES)
-    overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    for text in options.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise DataError(f"--set: expected FIELD=VALUE, got {text!r}")
-        try:
-            overrides[name] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[name] = value
-    if options.no_pretrained:
-        overrides["pretrained_backbone"] = False
-    if "epochs" in overrides:
-        overrides.setdefault("steps", None)
-    return scaled_preset(options.preset or "tiny", options.recipe, **overrides)
-
-
-def scaled_preset(name: str, recipe: str | None, **overrides: Any) -> Config:
-    """`preset`, where the backbone's rate follows lr and max_size follows image_size.
-
-    Raises:
-        DataError: as `preset`.
-    """
-    base = preset(name, recipe)
-    if "lr" in overrides:
-        overrides.setdefault("lr_backbone", base.lr_backbone * overrides["lr"] / base.lr)
-    if "image_size" in overrides:
-        overrides.setdefault("max_size", round(base.max_size * overrides["image_size"] / base.image_size))
-    try:
-        return preset(name, recipe, **overrides)
-    except ValueError as error:
-        raise DataError(str(error)) from None
 
 
 def _resumed_config(options: argparse.Namespace, state: dict[str, Any], path: Path) -> Config:

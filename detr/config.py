@@ -1,12 +1,23 @@
 """One frozen dataclass that says everything about a model and its training, and the presets of the paper's tables."""
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 RECIPES = ("official", "finetune", "tiny")
 BACKENDS = ("auto", "triton", "torch", "inductor")
 BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
+# files of a whole model
+FORMATS = ("onnx", "torch-export", "aoti")
+# how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
+NODES = ("plain", "tensorrt", "mmdeploy")
+
+COUNT = 10**9  # the largest number of steps and other things that are only counted
+BATCH = 2**14  # the most images at once
+PIXELS = 10_000  # the longest that the shorter side of an image may be in the model
+SEED = 2**63 - 1  # the largest seed
+MAX_DETS = 100  # COCO counts the best 100 detections of an image
+MAX_PIXELS = 89_478_485  # of an image file: Pillow's limit against decompression bombs
 
 
 def short(value: Any) -> str:
@@ -18,121 +29,136 @@ def short(value: Any) -> str:
     return "an integer beyond 64 bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
+def _in(default: float | None, low: int, high: int) -> Any:
+    """A field that is a number from `low` to `high`."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def _fraction(default: float) -> Any:
+    """A field that is a number from 0 to 1, but not 1."""
+    return field(default=default, metadata={"low": 0, "high": 1, "below": True})
+
+
+def _one_of(default: str, choices: tuple[str, ...]) -> Any:
+    """A field that is one of some texts."""
+    return field(default=default, metadata={"choices": choices})
+
+
 @dataclass(frozen=True)
 class Config:
-    """Model, loss, data and training of one run. The defaults are Deformable DETR's (arXiv 2010.04159, section 5)."""
+    """Model, loss, data and training of one run. The defaults are Deformable DETR's (arXiv 2010.04159, section 5).
+
+    Each field declares what it may be: its type, and its range or its choices. A number is never NaN or infinite.
+
+    Raises:
+        ValueError: a field is of another type or out of its range, or some do not fit together; the message names it.
+    """
 
     name: str = "deformable_detr_r50"  # preset it came from; for people and file names only
 
     # model
-    backbone: str = "resnet50"  # one of BACKBONES: torchvision's, or "tiny", a small one to train from scratch
+    # one of BACKBONES: torchvision's, or "tiny", a small one to train from scratch
+    backbone: str = _one_of("resnet50", BACKBONES)
     dilation: bool = False  # DC5: the last backbone stage keeps stride 16 and dilates instead
     pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by "tiny")
-    attention: str = "deformable"  # "deformable" samples points; "global" attends to every pixel: plain DETR
-    d_model: int = 256  # channels of queries and tokens; a multiple of 32 (the groups of GroupNorm) and of n_heads
-    n_heads: int = 8  # attention heads M
-    ffn_dim: int = 1024  # hidden channels of the feed-forward blocks
-    enc_layers: int = 6  # encoder layers
-    dec_layers: int = 6  # decoder layers, each with a loss of its own if aux_loss
-    n_levels: int = 4  # feature levels L; 1 takes the last stage only, more than 3 adds stride-2 convolutions
-    enc_points: int = 4  # points K per head and level that an encoder query samples
-    dec_points: int = 4  # the same for a decoder query
-    n_queries: int = 300  # most objects that can be found in an image
-    dropout: float = 0.1  # probability, in every transformer layer
+    # "deformable" samples points; "global" attends to every pixel: plain DETR
+    attention: str = _one_of("deformable", ("deformable", "global"))
+    # channels of queries and tokens; a multiple of 32 (the groups of GroupNorm) and of n_heads
+    d_model: int = _in(256, 32, 4096)
+    n_heads: int = _in(8, 1, 512)  # attention heads M
+    ffn_dim: int = _in(1024, 1, 65_536)  # hidden channels of the feed-forward blocks
+    enc_layers: int = _in(6, 0, 100)  # encoder layers
+    dec_layers: int = _in(6, 1, 100)  # decoder layers, each with a loss of its own if aux_loss
+    # feature levels L; 1 takes the last stage only, more than 3 adds stride-2 convolutions
+    n_levels: int = _in(4, 1, 10)
+    enc_points: int = _in(4, 1, 64)  # points K per head and level that an encoder query samples
+    dec_points: int = _in(4, 1, 64)  # the same for a decoder query
+    n_queries: int = _in(300, 1, 10_000)  # most objects that can be found in an image
+    dropout: float = _fraction(0.1)  # probability, in every transformer layer
     refine: bool = False  # iterative box refinement: each decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries start from the encoder's best proposals; needs refine
     aux_loss: bool = True  # losses on every decoder layer, not only the last
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
-    backend: str = "auto"  # of the deformable attention, see msda_triton.ms_deform_attn; of this run only
+    # of the deformable attention, see msda_triton.ms_deform_attn; of this run only
+    backend: str = _one_of("auto", BACKENDS)
 
     # loss
     # "focal" (a sigmoid per class), "varifocal" (the same, which learns the IoU of its box, arXiv 2008.13367) or
     # "softmax" with one extra class for "no object"
-    class_loss: str = "focal"
-    cost_class: float = 2.0  # weights of the matching cost
-    cost_bbox: float = 5.0
-    cost_giou: float = 2.0
-    loss_ce: float = 2.0  # weights of the losses
-    loss_bbox: float = 5.0
-    loss_giou: float = 2.0
-    focal_alpha: float = 0.25  # weight of the positives in the focal loss
-    eos_weight: float = 0.1  # weight of "no object" in the softmax loss
+    class_loss: str = _one_of("focal", ("focal", "varifocal", "softmax"))
+    cost_class: float = _in(2.0, 0, 10_000)  # weights of the matching cost
+    cost_bbox: float = _in(5.0, 0, 10_000)
+    cost_giou: float = _in(2.0, 0, 10_000)
+    loss_ce: float = _in(2.0, 0, 10_000)  # weights of the losses
+    loss_bbox: float = _in(5.0, 0, 10_000)
+    loss_giou: float = _in(2.0, 0, 10_000)
+    focal_alpha: float = _in(0.25, 0, 1)  # weight of the positives in the focal loss
+    eos_weight: float = _in(0.1, 0, 10)  # weight of "no object" in the softmax loss
 
     # data
-    image_size: int = 800  # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
-    max_size: int = 1333  # pixels; the longest side stays below this
-    augment: str = "official"  # "official": flip, multi-scale resize, crop; "tiny": flip at one size
+    # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
+    image_size: int = _in(800, 32, PIXELS)
+    max_size: int = _in(1333, 32, 2 * PIXELS)  # pixels; the longest side stays below this
+    # "official": flip, multi-scale resize, crop; "tiny": flip at one size
+    augment: str = _one_of("official", ("official", "tiny"))
 
     # training
-    recipe: str = "official"  # one of RECIPES, which the fields below come from; for people
-    lr: float = 2e-4  # AdamW learning rate of everything that has no rate of its own
-    lr_backbone: float = 2e-5  # of the backbone; 0 freezes it
-    lr_offsets_mult: float = 0.1  # factor on lr for sampling offsets and reference points
-    beta2: float = 0.999  # AdamW's decay of the squared gradients
-    weight_decay: float = 1e-4  # AdamW, on every parameter as the original does
-    clip_norm: float = 0.1  # global gradient norm is clipped to this; 0 does not clip
-    batch_size: int = 32  # images per optimiser step, over all processes and accumulated batches
+    recipe: str = _one_of("official", RECIPES)  # one of RECIPES, which the fields below come from; for people
+    lr: float = _in(2e-4, 0, 1)  # AdamW learning rate of everything that has no rate of its own
+    lr_backbone: float = _in(2e-5, 0, 10)  # of the backbone; 0 freezes it
+    lr_offsets_mult: float = _in(0.1, 0, 100)  # factor on lr for sampling offsets and reference points
+    beta2: float = _fraction(0.999)  # AdamW's decay of the squared gradients
+    weight_decay: float = _in(1e-4, 0, 10)  # AdamW, on every parameter as the original does
+    clip_norm: float = _in(0.1, 0, 1_000_000)  # global gradient norm is clipped to this; 0 does not clip
+    batch_size: int = _in(32, 1, BATCH)  # images per optimiser step, over all processes and accumulated batches
     # batches that a process computes one after the other for each optimiser step; 0 chooses it so that a process holds
     # at most 2 images at a time, as in the original runs
-    accumulate: int = 0
-    epochs: int = 50  # passes over the training images
-    steps: int | None = None  # optimiser steps; if set, they decide and not epochs
-    warmup_steps: int = 0  # linear warm-up from 0 to lr
-    schedule: str = "step"  # "step": x0.1 at 80 % of the run; "cosine": down to 0
-    eval_every: int = 1  # epochs between evaluations
-    eval_steps: int | None = None  # optimiser steps between evaluations; if set, they decide and not eval_every
-    patience: int = 0  # evaluations without a better AP after which the run ends; 0 never ends it
-    ema: float = 0.0  # decay of the averaged weights, which are then evaluated and kept in best.pt; 0 averages nothing
-    amp: str = "none"  # "bf16" or "fp16": autocast of the model; boxes, scores, matching and losses stay float32
+    accumulate: int = _in(0, 0, BATCH)
+    epochs: int = _in(50, 1, COUNT)  # passes over the training images
+    steps: int | None = _in(None, 1, COUNT)  # optimiser steps; if set, they decide and not epochs
+    warmup_steps: int = _in(0, 0, COUNT)  # linear warm-up from 0 to lr
+    schedule: str = _one_of("step", ("step", "cosine"))  # "step": x0.1 at 80 % of the run; "cosine": down to 0
+    eval_every: int = _in(1, 1, COUNT)  # epochs between evaluations
+    # optimiser steps between evaluations; if set, they decide and not eval_every
+    eval_steps: int | None = _in(None, 1, COUNT)
+    patience: int = _in(0, 0, COUNT)  # evaluations without a better AP after which the run ends; 0 never ends it
+    # decay of the averaged weights, which are then evaluated and kept in best.pt; 0 averages nothing
+    ema: float = _fraction(0.0)
+    # "bf16" or "fp16": autocast of the model; boxes, scores, matching and losses stay float32
+    amp: str = _one_of("none", ("none", "bf16", "fp16"))
     grad_checkpointing: bool = False  # recompute the transformer's layers in the backward: less memory, more time
     compile: bool = False  # torch.compile of the model while training
-    max_nonfinite: int = 10  # steps in a row whose loss or gradient is not finite, and skipped, before the run ends
-    max_unreadable: int = 10  # image files that cannot be read, and are replaced by others, before the run ends
-    seed: int = 42
+    # steps in a row whose loss or gradient is not finite, and skipped, before the run ends
+    max_nonfinite: int = _in(10, 1, COUNT)
+    # image files that cannot be read, and are replaced by others, before the run ends
+    max_unreadable: int = _in(10, 0, COUNT)
+    seed: int = _in(42, 0, SEED)
 
     def __post_init__(self) -> None:
-        choices = {
-            "backbone": BACKBONES,
-            "attention": ("deformable", "global"),
-            "class_loss": ("focal", "varifocal", "softmax"),
-            "augment": ("tiny", "official"),
-            "schedule": ("step", "cosine"),
-            "recipe": RECIPES,
-            "amp": ("none", "bf16", "fp16"),
-            "backend": BACKENDS,
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: expected one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        for field in (
-            *("d_model", "n_heads", "ffn_dim", "dec_layers", "n_levels", "enc_points", "dec_points", "n_queries"),
-            *("image_size", "max_size", "batch_size", "epochs", "eval_every", "max_nonfinite"),
-        ):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
-        for field in ("steps", "eval_steps"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise ValueError(f"{field}: expected at least 1, got {getattr(self, field)}")
-        for field in ("seed", "patience", "max_unreadable", "accumulate"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}: expected at least 0, got {getattr(self, field)}")
-        for field in ("beta2", "ema"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}: expected a number from 0 to below 1, got {getattr(self, field)}")
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            if not _fits(declared, value):
+                raise ValueError(f"config: {declared.name}: expected {_words(declared)}, got {short(value)}")
+            if isinstance(value, int) and declared.type is float:
+                object.__setattr__(self, declared.name, float(value))  # PyTorch's optimisers tell them apart
         if self.accumulate and self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
+            raise ValueError(
+                f"config: accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
+            )
         if self.d_model % 32 or self.d_model % self.n_heads:
-            raise ValueError(f"d_model: expected a multiple of 32 and of n_heads = {self.n_heads}, got {self.d_model}")
+            raise ValueError(
+                f"config: d_model: expected a multiple of 32 and of n_heads = {self.n_heads}, got {self.d_model}"
+            )
         if self.two_stage and not self.refine:
-            raise ValueError("two_stage: needs refine = True, got False")
+            raise ValueError("config: two_stage: needs refine = True, got False")
         if self.dilation and self.backbone not in ("resnet50", "resnet101"):
-            raise ValueError(f"dilation: needs backbone resnet50 or resnet101, got {self.backbone}")
+            raise ValueError(f"config: dilation: needs backbone resnet50 or resnet101, got {self.backbone}")
         if self.attention == "global" and (self.n_levels > 1 or self.refine or self.own_level_only):
-            raise ValueError('attention: "global" needs n_levels = 1, refine = False and own_level_only = False')
+            raise ValueError(
+                'config: attention: "global" needs n_levels = 1, refine = False and own_level_only = False'
+            )
         if self.class_loss == "softmax" and self.two_stage:
-            raise ValueError('class_loss: two_stage needs "focal" or "varifocal", got "softmax"')
+            raise ValueError('config: class_loss: two_stage needs "focal" or "varifocal", got "softmax"')
 
     def accumulated_batches(self, processes: int) -> int:
         """Batches of each process in an optimiser step: `accumulate`, or if it is 0 enough for 2 images at most."""
@@ -148,19 +174,40 @@ class Config:
         """Inverse of `to_dict`. Fields that are absent take their default.
 
         Raises:
-            ValueError: unknown field, or a value of the wrong type; the message names the field.
+            ValueError: unknown field, or as the constructor; the message names the field.
         """
-        fields = {field.name: field.type for field in dataclasses.fields(cls)}
-        for name, value in values.items():
-            if name not in fields:
-                raise ValueError(f"config: unknown field {short(name)}; known: {', '.join(fields)}")
-            allowed = {float: (float, int), int | None: (int, type(None))}.get(fields[name], (fields[name],))
-            # a bool is an int to isinstance
-            wrong = not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
-            if wrong or (isinstance(value, int) and abs(value) >= 2**63):
-                expected = " or ".join(kind.__name__ for kind in allowed)
-                raise ValueError(f"config: {name}: expected {expected}, got {short(value)}")
+        known = [declared.name for declared in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"config: unknown field {short(name)}; known: {', '.join(known)}")
         return cls(**values)
+
+
+def _fits(declared: dataclasses.Field, value: Any) -> bool:
+    kind, rule = declared.type, declared.metadata
+    if isinstance(value, bool) or kind is bool:  # a bool is an int to isinstance
+        return isinstance(value, bool) and kind is bool
+    if kind is str:
+        text = isinstance(value, str) and value.isprintable() and 0 < len(value) <= 100
+        return text and value in rule.get("choices", (value,))
+    if value is None:
+        return kind == int | None
+    if not isinstance(value, int) and not (isinstance(value, float) and kind is float):
+        return False
+    # NaN is neither
+    return rule["low"] <= value < rule["high"] or (value == rule["high"] and "below" not in rule)
+
+
+def _words(declared: dataclasses.Field) -> str:
+    """What `_fits` accepts."""
+    kind, rule = declared.type, declared.metadata
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return f"one of {', '.join(rule['choices'])}" if rule else "a text of 1 to 100 printable characters"
+    number = "a number" if kind is float else "an integer"
+    span = f"from {rule['low']} to {'below ' if 'below' in rule else ''}{rule['high']}"
+    return f"{number} {span}{'' if kind in (int, float) else ', or null'}"
 
 
 # Without a pre-trained backbone large rates, that of the backbone above all, warm-up and a decay to 0 learn fastest;
@@ -250,7 +297,7 @@ def recipe_fields(recipe: str, preset_name: str) -> dict[str, Any]:
         ValueError: unknown recipe.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {short(recipe)}")
     source = PRESETS[preset_name]
     if (source.recipe == "tiny") != (recipe == "tiny"):
         source = _TINY if recipe == "tiny" else _DEFORMABLE
@@ -268,7 +315,7 @@ def departures(config: Config) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def preset(name: str, recipe: str | None = None, **overrides: Any) -> Config:
+def preset(name: str, recipe: str | None = None, /, **overrides: Any) -> Config:
     """The named preset with some fields replaced.
 
     Args:
@@ -279,5 +326,5 @@ def preset(name: str, recipe: str | None = None, **overrides: Any) -> Config:
     """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    fields = recipe_fields(recipe, name) if recipe else {}
+    fields = {} if recipe is None else recipe_fields(recipe, name)
     return Config.from_dict(PRESETS[name].to_dict() | fields | overrides)

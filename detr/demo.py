@@ -1,6 +1,5 @@
 """`make demo`: from nothing to a trained detector and its pictures, in one command."""
 
-import argparse
 import itertools
 import json
 import resource
@@ -9,22 +8,29 @@ import time
 from pathlib import Path
 
 from detr import cli
+from detr.flags import Parser, number, path
 
-MIN_AP = 0.62  # less than this says that something is broken
+IMAGES, STEPS = 2000, 2000  # of the whole demo
+MIN_AP = 0.62  # less than this, of the whole demo, says that something is broken
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the synthetic set, train, evaluate, draw. Returns 0, or 1 if a part failed or the AP is below MIN_AP."""
-    parser = argparse.ArgumentParser(prog="python -m detr.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
-    parser.add_argument("--train", type=int, default=2000, help="training images")
-    parser.add_argument("--val", type=int, default=200, help="validation images")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of 8 images")
+    """Write the synthetic set, train, evaluate, draw.
+
+    Returns:
+        The exit code: 0, or 1 if a part failed or the AP of the whole demo is below MIN_AP.
+    """
+    parser = Parser(prog="python -m detr.demo", description=__doc__)
+    count = number(int, 1, 1_000_000)
+    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder to write to (%(default)s)")
+    parser.add_argument("--train", type=count, default=IMAGES, help="training images (%(default)s)")
+    parser.add_argument("--val", type=count, default=200, help="validation images (%(default)s)")
+    parser.add_argument("--steps", type=count, default=STEPS, help="optimiser steps of 8 images (%(default)s)")
     options = parser.parse_args(arguments)
 
     # a run stays where it is: the next one has another folder
-    number = next(n for n in itertools.chain([""], itertools.count(2)) if not (options.out / f"run{n}").exists())
-    data, run, pictures = (options.out / name for name in ("data", f"run{number}", f"predict{number}"))
+    suffix = next(n for n in itertools.chain([""], itertools.count(2)) if not (options.out / f"run{n}").exists())
+    data, run, pictures = (options.out / name for name in ("data", f"run{suffix}", f"predict{suffix}"))
     if cli.main(["synth", str(data), "--train", str(options.train), "--val", str(options.val)]):
         return 1
     start = time.perf_counter()
@@ -32,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if cli.main(["train", "--data", str(data), "--preset", "tiny", "--out", str(run), *size]):
         return 1
     seconds = time.perf_counter() - start
-    examples = [str(path) for path in sorted((data / "val").glob("*.jpg"))[:8]]
+    examples = [str(image) for image in sorted((data / "val").glob("*.jpg"))[:8]]
     if cli.main(["predict", *examples, "--checkpoint", str(run / "checkpoint.pt"), "--out", str(pictures)]):
         return 1
 
@@ -45,7 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         f"ground truth beside detections: {run / 'predictions.png'}\n"
         f"single images with detections: {pictures}"
     )
-    if ap < MIN_AP:
+    if options.train < IMAGES or options.steps < STEPS:
+        print(
+            f"{options.steps} steps on {options.train} images show that every part works here. How well the detector "
+            f"learns they cannot show: that takes {STEPS} steps on {IMAGES} images, the defaults, and an AP of {MIN_AP}"
+        )
+    elif ap < MIN_AP:
         print(f"expected an AP of at least {MIN_AP}: something is wrong", file=sys.stderr)
         return 1
     return 0

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from detr.errors import UserError
+
 T = TypeVar("T")
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """Another process of this run has ended before its time."""
 
 

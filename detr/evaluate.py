@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from detr.config import MAX_DETS
+from detr.model import DeformableDETR
 from detr.postprocess import postprocess
 from detr.progress import progress
 from detr.split import LARGEST_AREA, Split
@@ -23,13 +25,13 @@ EVALUATORS = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotool
 
 
 def detect(
-    model: nn.Module, loader: DataLoader, device: torch.device
+    model: nn.Module, loader: DataLoader, device: torch.device, top_k: int = MAX_DETS
 ) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
     """Detections on the images of a loader, in float32.
 
     Returns:
-        The 100 best of each image, by image id, on the CPU: see `detr.postprocess`. An image file that cannot be read
-        has none, and a message in the list.
+        The `top_k` best of each image, by image id, on the CPU: see `detr.postprocess`. An image file that cannot be
+        read has none, and a message in the list.
     """
     detections, unreadable = {}, []
     training = model.training
@@ -38,7 +40,7 @@ def detect(
         for images, mask, targets in progress(loader, desc="evaluating", leave=False, delay=2):
             outputs = model(images.to(device), mask.to(device))
             sizes = torch.stack([target["orig_size"] for target in targets]).to(device)
-            for target, found in zip(targets, postprocess(outputs, sizes), strict=True):
+            for target, found in zip(targets, postprocess(outputs, sizes, top_k), strict=True):
                 if "unreadable" in target:
                     unreadable += target["unreadable"]
                     found = {name: tensor[:0] for name, tensor in found.items()}
@@ -48,7 +50,10 @@ def detect(
 
 
 def coco_metrics(
-    split: Split, detections: dict[int, dict[str, Tensor]], evaluator: str | None = None
+    split: Split,
+    detections: dict[int, dict[str, Tensor]],
+    evaluator: str | None = None,
+    max_dets: int = MAX_DETS,
 ) -> tuple[dict[str, Any], str]:
     """Metrics of `detections` on `split`, and COCO's own table as text.
 
@@ -58,10 +63,12 @@ def coco_metrics(
     Args:
         detections: by image id, as `detect` gives them.
         evaluator: a key of EVALUATORS; None takes the first that is installed. Their metrics are the same.
+        max_dets: most detections of an image; more must not be given.
 
     Returns:
-        STATS by name, each a fraction or None where there is no ground truth of the kind; "per_class": name -> AP,
-        AP50, boxes, and the score threshold with the best F1 at IoU 0.5 with its precision and recall.
+        STATS by name, each a fraction or None where there is no ground truth of the kind; AR100 is AR300 for max_dets
+        of 300. "per_class": name -> AP, AP50, boxes, and the score threshold with the best F1 at IoU 0.5 with its
+        precision and recall.
     """
     # in the order of their ids, which decides between equal scores
     numbers = {image_id: i for i, image_id in enumerate(sorted(split.images.ids), start=1)}
@@ -82,16 +89,23 @@ def coco_metrics(
         COCO, COCOeval = _evaluator(evaluator)
         truth, found = (_coco(COCO, split, numbers, entries) for entries in (ground_truth, results))
         evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.maxDets = [min(n, max_dets) for n in (1, 10, max_dets)]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.print_function = print  # faster-coco-eval would write its table to the log
         with contextlib.redirect_stdout(table):
             evaluation.summarize()
-    metrics: dict[str, Any] = {name: _fraction(v) for name, v in zip(STATS, evaluation.stats, strict=False)}
-    # [IoU thresholds, recall thresholds, classes, areas, detections allowed]: all areas, 100 detections
+    names = (name.replace("AR100", f"AR{max_dets}") for name in STATS)
+    metrics: dict[str, Any] = {name: _fraction(v) for name, v in zip(names, evaluation.stats, strict=False)}
+    # [IoU thresholds, recall thresholds, classes, areas, detections allowed]: all areas, max_dets
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     scores = evaluation.eval["scores"][0, :, :, 0, -1]
     counts = np.bincount(split.images.labels[~split.images.crowd], minlength=len(split.class_names))
+    text = table.getvalue()
+    if max_dets != MAX_DETS and (precision > -1).any():
+        # pycocotools looks for 100 in the first line, whatever it was told
+        metrics["AP"] = float(precision[precision > -1].mean())
+        text = text.replace("maxDets=100 ] = -1.000", f"maxDets={max_dets:>3d} ] = {metrics['AP']:0.3f}", 1)
     metrics["per_class"] = {}
     for k, name in enumerate(split.class_names):
         metrics["per_class"][name] = {
@@ -100,21 +114,29 @@ def coco_metrics(
             "boxes": int(counts[k]),
             **_best_f1(precision[0, :, k], scores[:, k], evaluation.params.recThrs),
         }
-    return metrics, table.getvalue()
+    return metrics, text
 
 
-def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[dict[str, Any], str]:
+def evaluate(
+    model: DeformableDETR, loader: DataLoader, device: torch.device, max_dets: int = MAX_DETS
+) -> tuple[dict[str, Any], str]:
     """`coco_metrics` of a model on the split of `loader.dataset`, with the "images" and the "seconds" it took.
 
-    Warns of each image file that cannot be read; they are "unreadable" in the metrics.
+    The last line of the table says what `max_dets` leaves out, if anything: it is "left_out" in the metrics. Warns of
+    each image file that cannot be read; they are "unreadable" in the metrics.
     """
     start = time.perf_counter()
-    detections, unreadable = detect(model, loader, device)
+    found, unreadable = detect(model, loader, device, max(max_dets, model.config.n_queries))
     for message in unreadable:
         warnings.warn(f"{message}; nothing is detected in it", stacklevel=2)
-    metrics, table = coco_metrics(loader.dataset.split, detections)
-    seconds = round(time.perf_counter() - start, 3)
-    return metrics | {"images": len(detections), "unreadable": len(unreadable), "seconds": seconds}, table
+    detections = {image_id: {name: x[:max_dets] for name, x in each.items()} for image_id, each in found.items()}
+    metrics, table = coco_metrics(loader.dataset.split, detections, max_dets=max_dets)
+    more = [len(each["scores"]) - max_dets for each in found.values() if len(each["scores"]) > max_dets]
+    if more:
+        table += f"left out: {sum(more)} detections of {len(more)} images, those beyond the best {max_dets} of each"
+        table += " (--max-dets counts more)\n"
+    metrics |= {"max_dets": max_dets, "left_out": sum(more), "images": len(found), "unreadable": len(unreadable)}
+    return metrics | {"seconds": round(time.perf_counter() - start, 3)}, table
 
 
 def per_class_table(metrics: dict[str, Any]) -> str:

@@ -1,26 +1,27 @@
 """A detector as a file that runs without this package: ONNX, `torch.export`, or compiled by AOTInductor."""
 
+import contextlib
 import copy
 import io
 import json
+import logging
 import lzma
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from detr.model import DeformableDETR
+from detr.config import FORMATS, NODES
+from detr.model import DeformableDETR, check_finite
 from detr.output import WRITTEN_BY, claim_file, write_file
 from msda_triton import MSDeformAttn
 
 BY = "detr export"
 _ABOUT = "detector.json"
-FORMATS = ("onnx", "torch-export", "aoti")
-# how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
-NODES = ("plain", "tensorrt", "mmdeploy")
 
 
 class Detector(nn.Module):
@@ -53,11 +54,12 @@ def export_model(
         path: of the file, ending in .onnx or .pt2. to: "onnx", "torch-export" (for `torch.export.load`) or "aoti" (for
             `torch._inductor.aoti_load_package`; compiled for this machine's CPU).
         size: (H, W) of the padded images, pixels. class_names: in the order of labels.
-        attention: of ONNX only, see `NODES`.
+        attention: of ONNX only, see `detr.config.NODES`.
     Returns:
         The path.
     Raises:
-        ValueError: an argument that does not fit, or a package that is missing; the message names it.
+        ValueError: an argument that does not fit, a weight that is no number, or a package that is missing; the message
+            names it.
         OutputError: a file is in the way that `detr export` did not write.
     """
     path = Path(path)
@@ -76,6 +78,7 @@ def export_model(
         raise ValueError(f"path: expected a name that ends in {suffix} for to={to!r}, got {path}")
     if min(size) < 32:
         raise ValueError(f"size: expected at least 32 x 32 pixels, got {size[0]} x {size[1]}")
+    check_finite(model.state_dict())
     claim_file(path, BY, _writer)
     about = json.dumps({"classes": class_names, "height": size[0], "width": size[1]})
     detector = Detector(model).eval()
@@ -87,7 +90,7 @@ def export_model(
             content = _onnx(detector, (images, mask), batch, about, attention)
         else:
             if to == "aoti":
-                _find_compiler()
+                find_compiler("to: 'aoti'")
             program = torch.export.export(detector, (images, mask), dynamic_shapes=(batch, batch))
             content = (_saved if to == "torch-export" else _compiled)(program, {_ABOUT: about, WRITTEN_BY: BY})
     write_file(path, content, BY, _writer)
@@ -113,14 +116,22 @@ def _compiled(program: torch.export.ExportedProgram, about: dict[str, str]) -> b
     return buffer.getvalue()
 
 
-def _find_compiler() -> None:
+def find_compiler(what: str) -> None:
+    """Make sure that there is what TorchInductor compiles with for a CPU.
+
+    Args:
+        what: an option that needs it, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        raise ValueError("to: 'aoti' needs a C++ compiler (g++, or what CXX names), and found none") from None
+        raise ValueError(f"{what} needs a C++ compiler (g++, or what CXX names), and found none") from None
 
 
 def _writer(path: Path) -> str | None:
@@ -162,8 +173,7 @@ def _onnx(detector, inputs, batch, about: str, attention: str) -> bytes:
         for module in detector.modules():
             if type(module) is MSDeformAttn:
                 module.__class__ = {"tensorrt": _TensorRTAttention, "mmdeploy": _MMDeployAttention}[attention]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+    with _quiet():
         program = torch.onnx.export(
             detector,
             inputs,
@@ -177,6 +187,20 @@ def _onnx(detector, inputs, batch, about: str, attention: str) -> bytes:
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     return program.model_proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch's exporter and onnxscript's optimiser say about themselves."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _NodeAttention(MSDeformAttn):

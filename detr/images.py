@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
+from detr.config import MAX_PIXELS
+from detr.errors import DataError
+from detr.labels import draw_labels
+
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-MAX_PIXELS = 89_478_485  # of one image: Pillow's limit against decompression bombs
 # what Pillow raises on damaged files, apart from the subclasses of OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # Pillow's warning would be a second line beside the error of `_open`
@@ -33,10 +36,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class DataError(ValueError):
-    """Input that cannot be used; the message names the file, the entry and the field."""
 
 
 @dataclass(frozen=True)
@@ -184,19 +183,27 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def draw_boxes(image: Image.Image, boxes: list[list[float]], labels: list[int], texts: list[str]) -> Image.Image:
-    """A copy of `image` with boxes (x0, y0, x1, y1 in its pixels), coloured by label and titled by `texts`."""
+def draw_boxes(
+    image: Image.Image,
+    boxes: list[list[float]],
+    labels: list[int],
+    names: list[str],
+    scores: list[float] | None = None,
+) -> Image.Image:
+    """A copy of `image` with boxes, coloured by label, and their names and scores: see `detr.labels.draw_labels`.
+
+    Args:
+        boxes: x0, y0, x1, y1 in pixels of the image, best first.
+    """
     image = image.copy()
     draw = ImageDraw.Draw(image)
-    width = max(1, round(max(image.size) / 300))
-    font = ImageFont.load_default(max(10, round(max(image.size) / 45)))
-    for box, label, text in zip(boxes, labels, texts, strict=True):
-        # steps of the golden ratio keep the hues of neighbouring labels apart
-        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.9, 1.0))
-        draw.rectangle(box, outline=colour, width=width)
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-        # above the box, or inside it at the upper border of the image
-        x, y = max(box[0], 0), max(box[1] - bottom, 0)
-        draw.rectangle((x + left, y + top, x + right, y + bottom), fill=colour)
-        draw.text((x, y), text, fill="black", font=font)
+    line = max(1, round(max(image.size) / 300))
+    # steps of the golden ratio keep the hues of neighbouring labels apart
+    hues = [colorsys.hsv_to_rgb(label * 0.618 % 1, 0.9, 1.0) for label in labels]
+    colours = [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in hues]
+    right, bottom = image.width - 1, image.height - 1
+    for box, colour in reversed(list(zip(boxes, colours, strict=True))):
+        inside = [min(v, last) for v, last in zip(box, (right, bottom, right, bottom), strict=True)]
+        draw.rectangle(inside, outline=colour, width=line)
+    draw_labels(draw, boxes, labels, colours, names, scores)
     return image

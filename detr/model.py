@@ -3,6 +3,7 @@
 import copy
 import math
 
+import torch
 from torch import Tensor, nn
 
 from detr.backbone import build_backbone
@@ -10,6 +11,13 @@ from detr.config import Config
 from detr.transformer import Transformer, in_float32
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # a class score starts at 0.01 (focal loss, arXiv 1708.02002, section 3.3)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Takes a group of a single value too, which PyTorch's own refuses: a map of one pixel with 32 channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class MLP(nn.Module):
@@ -103,10 +111,10 @@ def _projections(channels: list[int], config: Config) -> list[nn.Module]:
     C = config.d_model
     if config.attention == "global":
         return [nn.Sequential(nn.Conv2d(channels[-1], C, 1))]
-    projections = [nn.Sequential(nn.Conv2d(before, C, 1), nn.GroupNorm(32, C)) for before in channels]
+    projections = [nn.Sequential(nn.Conv2d(before, C, 1), GroupNorm(32, C)) for before in channels]
     for l in range(len(channels), config.n_levels):
         before = channels[-1] if l == len(channels) else C
-        projections.append(nn.Sequential(nn.Conv2d(before, C, 3, stride=2, padding=1), nn.GroupNorm(32, C)))
+        projections.append(nn.Sequential(nn.Conv2d(before, C, 3, stride=2, padding=1), GroupNorm(32, C)))
     for conv, _ in projections:
         nn.init.xavier_uniform_(conv.weight)
         nn.init.zeros_(conv.bias)
@@ -116,6 +124,17 @@ def _projections(channels: list[int], config: Config) -> list[nn.Module]:
 def build_model(config: Config, num_classes: int) -> DeformableDETR:
     """The model of `config` with the original's initialisation, for classes 0 .. num_classes - 1."""
     return DeformableDETR(config, num_classes)
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Make sure that weights are numbers.
+
+    Raises:
+        ValueError: one is NaN or infinite; names its tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity: the weights are of no use")
 
 
 def param_groups(model: nn.Module, config: Config) -> list[dict]:

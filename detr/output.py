@@ -19,6 +19,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from detr.errors import UserError
+
 MANIFEST = ".detr-files.jsonl"  # a line for each file: its name in the folder, the sha256 of its bytes, the command
 MARKED = (".png", ".jpg", ".jpeg", ".webp")  # pictures that can say who wrote them
 WRITTEN_BY = "written_by"  # the key of a json object, or of a text chunk of a PNG, that names the command
@@ -27,7 +29,7 @@ _EXIF_SOFTWARE = 0x0131
 _count = itertools.count()
 
 
-class OutputError(Exception):
+class OutputError(UserError):
     """A file that cannot be written, or must not be; the message names it and says why."""
 
 
@@ -130,10 +132,11 @@ class Folder:
         by: the command, "detr predict" for example.
 
     Raises:
-        OutputError: there is something else than a folder at `path`.
+        OutputError: there is something else than a folder at `path`, or it is no name for a file system.
     """
 
     def __init__(self, path: Path, by: str) -> None:
+        _check_name(path)
         if os.path.lexists(path) and not path.is_dir():
             raise OutputError(f"{path}: expected a folder to write to, found a file")
         self.path, self.by = path, by
@@ -206,6 +209,13 @@ class Folder:
         with self.whole(name) as file:
             file.write(content)
 
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the files of these names, which must be the command's own (see `claim`), where they are there."""
+        for name in names:
+            self.claim([name])
+            with naming(self.path / name):
+                (self.path / name).unlink(missing_ok=True)
+
     def accept(self, names: Iterable[str]) -> None:
         """Take the files of these names that are there for the command's own, as they are now."""
         for name in names:
@@ -252,6 +262,7 @@ def claim_file(path: Path, by: str, writer: Callable[[Path], str | None] | None 
     Raises:
         OutputError: there is a folder, or a file that does not say so, or nothing can be written there.
     """
+    _check_name(path)
     if path.is_dir():
         raise OutputError(f"{path}: expected a file to write, found a folder")
     if os.path.lexists(path) and (not path.is_file() or (writer or writer_of)(path) != by):
@@ -275,7 +286,7 @@ def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
     """An image file of the format that `suffix` names; one with a suffix in MARKED says who wrote it.
 
     Raises:
-        OutputError: Pillow writes no format by this name.
+        OutputError: Pillow writes no format by this name, or not this image, which is too wide or high for it.
     """
     format = Image.registered_extensions().get(suffix.lower())
     if format not in Image.SAVE:
@@ -288,7 +299,11 @@ def picture_of(image: Image.Image, suffix: str, by: str) -> bytes:
         options["exif"] = Image.Exif()
         options["exif"][_EXIF_SOFTWARE] = by
     buffer = io.BytesIO()
-    image.save(buffer, format, **options)
+    try:
+        image.save(buffer, format, **options)
+    except (OSError, ValueError) as error:
+        message = f"{image.width}x{image.height} pixels, which Pillow does not write as {format}"
+        raise OutputError(f"{message}: {error}") from None
     return buffer.getvalue()
 
 
@@ -325,6 +340,15 @@ def writable(folder: Path) -> None:
         raise OutputError(f"{folder}: expected a folder to write to, and {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OutputError(f"{folder}: not written: no permission to write to {place}")
+
+
+def _check_name(path: Path) -> None:
+    try:
+        known = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        known = False
+    if not known:
+        raise OutputError(f"{str(path)!a}: expected a name that the file system can write")
 
 
 def _not_ours(path: Path, by: str, why: str = "") -> OutputError:

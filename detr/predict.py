@@ -1,9 +1,12 @@
 """Detection on image files: a picture with boxes for each, and one json."""
 
+import codecs
 import glob
 import json
+import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +21,39 @@ from detr.images import (
     DEEP,
     DEFAULT_READING,
     SUFFIXES,
-    DataError,
     Reading,
     draw_boxes,
     read_header,
     read_image,
     to_tensor,
 )
-from detr.output import Folder, Written, picture_of
+from detr.labels import drawable_names
+from detr.output import Folder, OutputError, Written, picture_of
 from detr.postprocess import postprocess
 from detr.progress import progress
 from detr.transforms import evaluation_transform, resize
 
 BY = "detr predict"
 RESULTS = "predictions.json"
+_DEPTH = 10  # of lists that name lists
 
 
 def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
     """The image files that `inputs` name, each with a relative path to write it to.
 
-    An input is an image, a folder, a glob pattern, or a text file (.txt) with one of these on each line. In folders and
-    patterns the pictures that `detr predict` and `detr train` wrote are left out, with a warning.
+    An input is an image, a folder, a glob pattern, or a text file (.txt) with one of these on each line: from the
+    current folder or, where nothing is there, from the folder of the text file. It is in UTF-8, in UTF-16 with a byte
+    order mark, or in Latin-1. In folders and patterns the pictures that `detr predict` and `detr train` wrote are left
+    out, with a warning. The path to write to is that of the image, with .png after a suffix that is not in SUFFIXES.
 
     Raises:
-        DataError: an input names nothing, or two images would be written to one file.
+        DataError: an input names nothing, a text file itself, or two images would be written to one file.
     """
     found: dict[Path, Path] = {}
     written = Written()
-    for text in inputs:
+    for where, text in _without_lists([("", text) for text in inputs]):
         path, own = Path(text), []
-        if path.suffix == ".txt" and path.is_file():
-            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-            pairs = find_images(lines)
-        elif path.exists() and not path.is_dir():
+        if path.exists() and not path.is_dir():
             pairs = [(path, Path(path.name))]
         else:
             if path.is_dir():
@@ -64,11 +67,60 @@ def find_images(inputs: list[str]) -> list[tuple[Path, Path]]:
         if own:
             warnings.warn(f"{text}: left out {len(own)} pictures that detr wrote, the first: {own[0]}", stacklevel=2)
         if not pairs:
-            raise DataError(f"{text}: expected an image, a folder of images or a pattern, found no image")
+            raise DataError(f"{where}{text}: expected an image, a folder of images or a pattern, found no image")
         for source, target in pairs:
             if found.setdefault(target, source) != source:
                 raise DataError(f"{source}: {found[target]} has the same name; predict them one after the other")
-    return [(source, target) for target, source in found.items()]
+    return [(source, _writable(target, found)) for target, source in found.items()]
+
+
+def _writable(target: Path, taken: dict[Path, Path]) -> Path:
+    path = target
+    while path.suffix.lower() not in SUFFIXES or (path != target and path in taken):
+        path = path.with_name(f"{path.name}.png")
+    return path
+
+
+def _without_lists(inputs: list[tuple[str, str]], above: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """(where it stands, input), with the lines of a text file in its place. `above`: the files that they stand in."""
+    for where, text in inputs:
+        path = Path(text)
+        if path.suffix.lower() == ".txt" and path.is_file():
+            if os.path.realpath(path) in above or len(above) == _DEPTH:
+                raise DataError(f"{where}{text}: a list that names itself, or stands in {_DEPTH} others")
+            lines = _lines(path)
+            if not lines:
+                raise DataError(f"{where}{text}: expected an image, a folder or a pattern on each line, found none")
+            yield from _without_lists(lines, (*above, os.path.realpath(path)))
+        else:
+            yield where, text
+
+
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Where it stands, and what it names, of each line that is not empty."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            content = content.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: byte {error.start}: not UTF-16: {error.reason}") from None
+    if b"\0" in content:
+        raise DataError(f"{path}: expected text in UTF-8, in UTF-16 with a byte order mark, or in Latin-1")
+    lines = enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1)
+    return [(f"{path}: line {i}: ", _name(line.strip(), str(path.parent))) for i, line in lines if line.strip()]
+
+
+def _name(line: bytes, folder: str) -> str:
+    """The path or pattern that a line means: the first reading of it that names something, else the last."""
+    try:
+        names = (line.decode(),)
+    except UnicodeDecodeError:  # the bytes of a file's name as they are, or Latin-1
+        names = (line.decode(errors="surrogateescape"), line.decode("latin-1"))
+    for name in names:
+        for place in (name, os.path.join(folder, name), os.path.join(glob.escape(folder), name)):
+            if os.path.lexists(place) or glob.glob(place, recursive=True):
+                return place
+    return names[-1]
 
 
 def load_pixels(picture: Image.Image, config: Config) -> Tensor:
@@ -88,7 +140,7 @@ def predict(
     batch_size: int = 1,
     reading: Reading = DEFAULT_READING,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write `out`/<picture with boxes> for each image and `out`/predictions.json with the detections of all.
+    """Write `out`/predictions.json with the detections of all images, then `out`/<picture with boxes> for each.
 
     Args:
         categories: raw id -> name, in the order of labels. images: as from `find_images`.
@@ -98,7 +150,8 @@ def predict(
 
     Returns:
         The content of the json: for each image file, width, height and detections (category_id, name, score, bbox as
-        x, y, width, height in pixels), best first. And one message for each file that could not be read.
+        x, y, width, height in pixels), best first, as many as the model has queries at most. And one message for each
+        file that could not be read or drawn; a picture that an earlier call drew of it is removed.
 
     Raises:
         OutputError: before the first image, if a file is in the way that `detr predict` did not write. DataError: an
@@ -111,32 +164,33 @@ def predict(
         raise DataError(f"{taken}: its picture would be in the place of {out / RESULTS}")
     folder.claim([RESULTS, *(target.as_posix() for _, target in images)])
     results: dict[Path, dict[str, Any]] = {}
-    waiting: dict[tuple[int, ...], list[tuple[Path, Path, Image.Image, Tensor]]] = defaultdict(list)
-    unreadable, deep = [], False
+    waiting: dict[tuple[int, ...], list[tuple[Path, tuple[int, int], Tensor]]] = defaultdict(list)
+    failed, deep = {}, False
 
-    def run(batch: list[tuple[Path, Path, Image.Image, Tensor]]) -> None:
+    def run(batch: list[tuple[Path, tuple[int, int], Tensor]]) -> None:
         images, mask, _ = collate([(pixels, {}) for *_, pixels in batch])
         with torch.inference_mode():
             outputs = model(images.to(device), mask.to(device))
-        sizes = torch.tensor([[picture.height, picture.width] for _, _, picture, _ in batch], device=device)
-        for (source, target, picture, _), found in zip(batch, postprocess(outputs, sizes), strict=True):
-            shown = [row for row in _rows(found) if row[2] >= threshold]
-            folder.write(target.as_posix(), picture_of(_draw(picture, shown, categories), target.suffix, BY))
-            results[source] = {"file": str(source)} | _describe(picture, shown, categories)
+        sizes = torch.tensor([size for _, size, _ in batch], device=device)
+        for (source, (height, width), _), found in zip(batch, postprocess(outputs, sizes), strict=True):
+            rows = zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
+            shown = [row for row in rows if row[2] >= threshold]
+            results[source] = {"file": str(source), "width": width, "height": height}
+            results[source]["detections"] = _describe(shown, categories)
 
     for source, target in progress(images, desc="detecting", unit="image", delay=2):
         try:
             header, picture = read_header(source, None, reading), read_image(source, None, reading)
         except DataError as error:
-            unreadable.append(f"{source}: {error}")
+            failed[target] = f"{source}: {error}"
             continue
         if header.deep and not deep:
             warnings.warn(f"{source}: {DEEP}", stacklevel=2)
         deep |= header.deep
         pixels = load_pixels(picture, config)
         batch = waiting[pixels.shape]
-        batch.append((source, target, picture, pixels))
-        # pictures wait in memory for others of their size, but not too many of them
+        batch.append((source, (picture.height, picture.width), pixels))
+        # images wait in memory for others of their size, but not too many of them
         if sum(map(len, waiting.values())) >= 8 * batch_size:
             batch = max(waiting.values(), key=len)
         elif len(batch) < batch_size:
@@ -149,24 +203,27 @@ def predict(
 
     in_order = [results[source] for source, _ in images if source in results]
     lines = ",\n".join(json.dumps(result) for result in in_order)
+    folder.remove(target.as_posix() for target in failed)
     folder.write(RESULTS, f"[\n{lines}\n]\n".encode())
-    return in_order, unreadable
+    label_of, names = {category_id: i for i, category_id in enumerate(categories)}, drawable_names(categories)
+    for source, target in progress(images, desc="drawing", unit="image", delay=2):
+        if target in failed:
+            continue
+        try:
+            drawn = _draw(read_image(source, None, reading), results[source]["detections"], label_of, names)
+            picture = picture_of(drawn, target.suffix, BY)
+        except (DataError, OutputError) as error:
+            failed[target] = f"{source}: no picture of it: {error}"
+            folder.remove([target.as_posix()])
+        else:
+            folder.write(target.as_posix(), picture)
+    return in_order, list(failed.values())
 
 
-def _rows(found: dict[str, Tensor]) -> list[tuple[list[float], int, float]]:
-    """(box, label, score) of each detection."""
-    return list(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))
-
-
-def _draw(picture: Image.Image, rows: list, categories: dict[int, str]) -> Image.Image:
-    names = list(categories.values())
-    texts = [f"{names[label]} {score:.2f}" for _, label, score in rows]
-    return draw_boxes(picture, [box for box, _, _ in rows], [label for _, label, _ in rows], texts)
-
-
-def _describe(picture: Image.Image, rows: list, categories: dict[int, str]) -> dict[str, Any]:
+def _describe(rows: list[tuple[list[float], int, float]], categories: dict[int, str]) -> list[dict[str, Any]]:
+    """The detections of an image, from (corners of the box, label, score) of each."""
     ids, names = list(categories), list(categories.values())
-    detections = [
+    return [
         {
             "category_id": ids[label],
             "name": names[label],
@@ -175,4 +232,12 @@ def _describe(picture: Image.Image, rows: list, categories: dict[int, str]) -> d
         }
         for (x0, y0, x1, y1), label, score in rows
     ]
-    return {"width": picture.width, "height": picture.height, "detections": detections}
+
+
+def _draw(
+    picture: Image.Image, detections: list[dict[str, Any]], label_of: dict[int, int], names: list[str]
+) -> Image.Image:
+    boxes = [[x, y, x + width, y + height] for x, y, width, height in (found["bbox"] for found in detections)]
+    labels = [label_of[found["category_id"]] for found in detections]
+    scores = [found["score"] for found in detections]
+    return draw_boxes(picture, boxes, labels, [names[label] for label in labels], scores)

@@ -44,14 +44,21 @@ def sampling_points(model: nn.Module, image: Tensor, layer: int = -1) -> tuple[d
 
 
 def draw_sampling_points(
-    picture: Image.Image, locations: Tensor, weights: Tensor, box: list[float], label: int, text: str
+    picture: Image.Image,
+    locations: Tensor,
+    weights: Tensor,
+    box: list[float],
+    label: int,
+    name: str,
+    score: float,
 ) -> Image.Image:
     """A query's points on its image: blue for the smallest weight to red for the largest, and its box.
 
     Args:
         locations: [M, L, P, 2] and weights [M, L, P] of the query. box: x0, y0, x1, y1 in the picture's pixels.
+        name: of the class, as from `detr.labels.drawable_names`.
     """
-    drawn = draw_boxes(picture, [box], [label], [text])
+    drawn = draw_boxes(picture, [box], [label], [name], [score])
     draw = ImageDraw.Draw(drawn)
     radius = max(2, round(max(picture.size) / 200))
     points = (locations.reshape(-1, 2) * torch.tensor(picture.size, device=locations.device)).tolist()

@@ -18,17 +18,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from detr import checkpoint, distributed
 from detr.config import Config
 from detr.data import CocoDataset, Split, TrainingStream, make_loader, seed_of
-from detr.images import DataError
+from detr.errors import DataError, UserError
+from detr.export import find_compiler
 from detr.losses import Criterion, at_least_one
 from detr.model import build_model, param_groups
 from detr.transforms import training_transform
+from msda_triton import ms_deform_attn
 
+_MOST_PASSES = 100  # over the training images in one step: more is a slip, and may take hours
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batch = tuple[Tensor, Tensor, list[dict[str, Any]]]  # of detr.data.collate
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError, ValueError):
     """A training that cannot go on; the message says at which step and why."""
 
 
@@ -42,7 +45,8 @@ class Trainer:
         fresh: False where `load_state` or other weights will follow: the backbone's pre-trained ones are not fetched.
 
     Raises:
-        TrainingError: the batch cannot be divided among the processes, or the backend is not for this device.
+        TrainingError: the batch cannot be divided among the processes, or is far larger than the training set; or the
+            backend is not for this device.
         ConnectionError: the backbone's weights cannot be downloaded.
     """
 
@@ -55,9 +59,14 @@ class Trainer:
             raise TrainingError(
                 f"batch_size: expected a multiple of {self.world} processes{accumulated}, got {config.batch_size}"
             )
+        most = _MOST_PASSES * len(split.images)
+        if config.batch_size > most:
+            raise TrainingError(
+                f"batch_size: expected at most {most}, {_MOST_PASSES} times the {len(split.images)} training images, "
+                f"got {config.batch_size}"
+            )
         self.accumulate = config.accumulated_batches(self.world)
-        if config.backend == "inductor" and device.type != "cpu":
-            raise TrainingError(f"backend: inductor is for CPUs, and this run is on {device}")
+        _check_backend(config, device)
         torch.manual_seed(config.seed)
         self.config, self.split, self.device = config, split, device
         # the recipe of one size keeps the resized images in memory
@@ -133,14 +142,14 @@ class Trainer:
             try:
                 batches = list(itertools.islice(loader, self.accumulate))
             except DataError as error:  # in a loader process: its message is a whole traceback, which ends with ours
-                raise DataError(str(error).strip().splitlines()[-1].removeprefix("detr.images.DataError: ")) from None
+                line = str(error).strip().splitlines()[-1]
+                raise DataError(line.removeprefix(f"{DataError.__module__}.DataError: ")) from None
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                first_line = str(error).splitlines()[0]
-                raise TrainingError(
-                    f"step {self.steps_done}: {first_line}; fewer --workers need less memory"
-                ) from error
+                lines = str(error).strip().splitlines()
+                text = lines[-1] if lines[0].startswith("Caught") else lines[0]  # the last of a traceback
+                raise TrainingError(f"step {self.steps_done}: {text}; fewer --workers need less memory") from error
             if not batches:
                 return
             yield batches
@@ -307,6 +316,24 @@ class Trainer:
             setattr(self, name, state[name])
         self.unreadable = list(state["unreadable"])
         self.sums = Counter(state["sums"])
+
+
+def _check_backend(config: Config, device: torch.device) -> None:
+    """Make sure that the attention's backend and torch.compile can work here.
+
+    Raises:
+        TrainingError: the backend is not for this device, or there is no C++ compiler.
+    """
+    if config.backend == "inductor" and device.type != "cpu":
+        raise TrainingError(f"backend: inductor is for CPUs, and this run is on {device}")
+    try:
+        if device.type == "cpu" and (config.compile or config.backend == "inductor"):
+            find_compiler("compile" if config.compile else "backend: 'inductor'")
+        if config.backend == "triton":  # asked by a call without queries
+            value, nothing = (torch.zeros(shape, device=device) for shape in ((1, 1, 1, 1), (1, 0, 1, 1, 1, 2)))
+            ms_deform_attn(value, [(1, 1)], nothing, nothing[..., 0], backend="triton")
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def _average(decay: float) -> Any:

@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detr.images import DataError, draw_boxes, read_image
+from detr.errors import DataError
+from detr.images import draw_boxes, read_image
+from detr.labels import drawable_names
 from detr.record import metrics_of
 from detr.split import Split
 
@@ -51,8 +53,8 @@ def draw_predictions(
     In the place of an image that cannot be read is a grey one.
     Shown are detections above the threshold with the best F1 of their class (`detr.evaluate.coco_metrics`).
     """
-    names = split.class_names
-    thresholds = [metrics["per_class"][name]["best_f1_threshold"] or 0.5 for name in names]
+    names = drawable_names(split.categories)
+    thresholds = [metrics["per_class"][name]["best_f1_threshold"] or 0.5 for name in split.class_names]
     count = min(n_images, len(split.images))
     pairs = []
     for image in (split.images[i * len(split.images) // count] for i in range(count)):
@@ -66,12 +68,12 @@ def draw_predictions(
         truth = draw_boxes(pixels, (image.boxes * scale).tolist(), labels, [names[label] for label in labels])
         found = detections[image.image_id]
         shown = [
-            (box, label, f"{names[label]} {score:.2f}")
+            (box, label, names[label], score)
             for box, label, score in zip((found["boxes"] * scale).tolist(), *_lists(found), strict=True)
             if score >= thresholds[label]
         ]
-        boxes, labels, texts = (list(column) for column in zip(*shown, strict=True)) if shown else ([], [], [])
-        pairs.append((truth, draw_boxes(pixels, boxes, labels, texts)))
+        columns = map(list, zip(*shown, strict=True)) if shown else ([], [], [])
+        pairs.append((truth, draw_boxes(pixels, *columns)))
     buffer = io.BytesIO()
     _sheet(pairs).save(buffer, "PNG")
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detr import checkpoint
 from detr.config import Config
-from detr.model import DeformableDETR
+from detr.model import DeformableDETR, check_finite
 from detr.output import WRITTEN_BY, Folder, claim_file, make_parent, whole
 
 BY = "detr export"
@@ -97,7 +97,7 @@ def load_weights(model: DeformableDETR, path: str | Path, class_names: list[str]
     Args:
         class_names: the model's classes in the order of labels. None takes them to be those of the file if as many.
     Raises:
-        ValueError: the file is missing, damaged, holds code, or nothing in it is for this model; it names the file.
+        ValueError: the file is missing, damaged, holds code or NaN, or has nothing for this model; it names the file.
     """
     path = Path(path)
     if class_names is not None and len(class_names) != model.num_classes:
@@ -143,6 +143,10 @@ def load_weights(model: DeformableDETR, path: str | Path, class_names: list[str]
         raise ValueError(
             f"{path}: nothing in it is for this model: expected {report.missing[0]}, got {next(iter(weights))}"
         )
+    try:
+        check_finite(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     model.load_state_dict(state, strict=False)
     return report
 
@@ -180,10 +184,12 @@ def export_weights(model: DeformableDETR, path: str | Path, layout: str, class_n
     Returns:
         The path of the file with the weights.
     Raises:
-        ValueError: as `convert_weights`. OutputError: a file is in the way that `detr export` did not write.
+        ValueError: as `convert_weights`, or a weight is NaN or infinite. OutputError: a file is in the way that
+            `detr export` did not write.
     """
     path = Path(path)
     weights = convert_weights(model, layout)
+    check_finite(weights)
     if layout == "official":
         claim_file(path, BY, _writer)
         make_parent(path)

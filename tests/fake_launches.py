@@ -93,7 +93,7 @@ def random_case(rng: random.Random) -> Case:
         ),
         deterministic=rng.random() < 0.2,
         device=rng.choice([0, 0, 1]),
-        config=rng.choice([None, None, None, "many", "large", "runs", "heads first"]),
+        config=rng.choice([None, None, None, "many", "large", "lanes of 16"]),
         autotune=rng.random() < 0.1,
     )
 

@@ -33,6 +33,7 @@ from msda_triton import ms_deform_attn, ms_deform_attn_fused
 from tests.fuzz_calls import Call, Inputs, calls, make_inputs
 from tests.fuzz_oracle import difference, fixed_point, oracle
 
+BATCH = 50  # calls, from a seed of their own
 BACKENDS = ("torch", "triton", "inductor", "exported")
 NAMES = ("out", "grad of value", "grad of locations", "grad of weights", "grad of reference points")
 
@@ -165,7 +166,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--calls", type=int, default=1000, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="no call begins later (default: %(default)s)"
+        "--seconds", type=float, default=float("inf"), help="no batch of calls begins later (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the calls (default: %(default)s)")
     parser.add_argument("--show", type=int, default=5, help="wrong calls that are printed whole (default: %(default)s)")
@@ -173,22 +174,22 @@ def main() -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of the interpreted kernels
     wrong, kinds, begin = [], Counter(), time.perf_counter()
 
-    @hypothesis.seed(args.seed)
-    @hypothesis.settings(
-        max_examples=args.calls, deadline=None, database=None, phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
-    @hypothesis.given(call=calls(small=args.backend == "triton"))
     def count(call: Call) -> None:
-        if time.perf_counter() - begin > args.seconds:
-            return
         kinds.update(["calls", call.method, "fused" if call.fused else "plain", *["strange contents"] * any(call.wild)])
         if found := faults(call, args.backend, args.device):
             wrong.append((call, found))
             if len(wrong) <= args.show:
                 print(call, *found, sep="\n    ", flush=True)
 
-    count()
+    for batch in range(0, args.calls, BATCH):
+        if time.perf_counter() - begin > args.seconds:
+            break
+        examples = hypothesis.settings(
+            max_examples=min(BATCH, args.calls - batch), deadline=None, database=None,
+            phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+        )  # fmt: skip
+        random = hypothesis.given(call=calls(small=args.backend == "triton"))(count)
+        hypothesis.seed(args.seed + batch)(examples(random))()
     sorts = Counter(re.sub(r"\d+ of \d+ ", "", line.split(", at")[0])[:100] for _, lines in wrong for line in lines)
     for what, number in sorts.most_common():
         print(f"{number:6} {what}")

@@ -13,6 +13,7 @@ from user_files import SMALL
 from detr import checkpoint, resume
 from detr.checkpoint import CheckpointError
 from detr.cli import main
+from detr.config import SEED
 from detr.data import find_split, load_split
 from detr.model import build_model
 from detr.trainer import Trainer
@@ -295,9 +296,9 @@ HAND_MADE = [
     (("steps_done",), lambda _: 10**30, "steps_done: expected an integer of at least 0, got an integer beyond 64 bits"),
     (("sums",), lambda _: {"loss": 10**400}, "sums: expected a dict of numbers"),
     (("sums",), lambda _: {"\udcff": 1.0}, "sums: expected a dict of numbers"),
-    (("config", "seed"), lambda _: 10**30, "config: seed: expected int, got an integer beyond 64 bits"),
-    (("config", "lr"), lambda _: 10**400, "config: lr: expected float or int, got an integer beyond 64 bits"),
-    (("config", "d_model"), lambda _: torch.zeros(100, 100), "config: d_model: expected int, got a Tensor"),
+    (("config", "seed"), lambda _: 10**30, f"config: seed: expected an integer from 0 to {SEED}, got an"),
+    (("config", "lr"), lambda _: 10**400, "config: lr: expected a number from 0 to 1, got an integer beyond 64 bits"),
+    (("config", "d_model"), lambda _: torch.zeros(100, 100), "d_model: expected an integer from 32 to 4096, got a Ten"),
     (("data", "x"), lambda _: torch.zeros(3), "data: unknown field 'x'"),
     (("data", ("a", 1)), lambda _: "x", "data: unknown field a tuple"),
     (("data", "content"), lambda _: torch.zeros(3), "data.content: not what `detr train` writes, got a Tensor"),
@@ -305,7 +306,7 @@ HAND_MADE = [
     (("model", "transformer.level_embed"), expanded, "model: expected a dict of tensors"),
     *(((name,), lambda _: deep(), f"{name}: ")
       for name in ("class_names", "category_ids", "model", "metrics", "ema", "optimizer", "data")),
-    (("config", "d_model"), lambda _: deep(), "config: d_model: expected int, got a list"),
+    (("config", "d_model"), lambda _: deep(), "config: d_model: expected an integer from 32 to 4096, got a list"),
 ]  # fmt: skip
 
 
@@ -335,11 +336,31 @@ def test_weights_that_are_not_numbers(tmp_path, root, good, capsys):
         assert main([*arguments, "--device", "cpu"]) == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(f"detr {arguments[0]}: error: the model's scores or boxes are not finite")
-    # a run that diverges before its evaluation ends in one line too, and keeps what it had
-    out = tmp_path / "run"
-    flags = ["--steps", "4", "--set", "eval_steps=2", "--set", "warmup_steps=0", "--lr", "1e30", *SMALL]
-    assert main(["train", "--data", str(root / "data"), "--out", str(out), *flags, "--device", "cpu"]) == 1
-    assert "detr train: error: " in capsys.readouterr().err.splitlines()[-1]
+    # nor are they exported, or trained on
+    for to, out in (("onnx", "a.onnx"), ("torch-export", "a.pt2"), ("aoti", "b.pt2")):
+        assert main(["export", "--checkpoint", str(path), "--to", to, "--out", str(tmp_path / out)]) == 1
+        line = capsys.readouterr().err
+        assert line.startswith(f"detr export: error: {path}: backbone.stem.0.weight: expected finite numbers")
+        assert line.count("\n") == 1 and not (tmp_path / out).exists()
+    flags = ["--data", str(root / "data"), "--out", str(tmp_path / "run"), *SMALL, "--device", "cpu"]
+    assert main(["train", "--weights", str(path), *flags]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"detr train: error: {path}: backbone.stem.0.weight: ")
+
+
+def test_a_run_that_diverges_ends_in_one_line(tmp_path, root, monkeypatch, capsys):
+    step = Trainer.step
+
+    def diverges(trainer, batches, stop=False):
+        loss = step(trainer, batches, stop)
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(Trainer, "step", diverges)
+    flags = ["--steps", "4", "--set", "eval_steps=2", *SMALL, "--device", "cpu"]
+    assert main(["train", "--data", str(root / "data"), "--out", str(tmp_path / "run"), *flags]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("detr train: error: the model's scores or boxes are not finite")
 
 
 def test_a_file_that_was_saved_again_is_valid(tmp_path, root, good, trainer):

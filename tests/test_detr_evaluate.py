@@ -101,6 +101,21 @@ def test_average_precision_by_hand(evaluator):
     assert metrics["APL"] is None and metrics["ARL"] is None
 
 
+@pytest.mark.parametrize("max_dets", [1, 5, 10, 150])
+def test_other_numbers_of_detections_than_100(evaluator, max_dets):
+    boxes = [[10.0 * i, 10.0 * j, 10.0 * i + 10, 10.0 * j + 10] for i in range(10) for j in range(10)]
+    split = one_class_split(boxes + [[x0 + 2, y0 + 2, x1, y1] for x0, y0, x1, y1 in boxes[:60]])
+    best = next(image.boxes.tolist() for image in split.images)[:max_dets]  # all right, best first
+    scores = torch.linspace(0.9, 0.1, len(best)).tolist()
+    metrics, table = coco_metrics(split, {1: found(best, [0] * len(best), scores)}, evaluator, max_dets)
+    reached = (100 * max_dets // 160 + 1) / 101  # of the 101 recall thresholds
+    assert metrics["AP"] == metrics["AP50"] == metrics["per_class"]["thing"]["AP"] == pytest.approx(reached)
+    assert [metrics[f"AR{n}"] for n in (1, max_dets)] == [pytest.approx(n / 160) for n in (1, max_dets)]
+    assert metrics["AR10"] == pytest.approx(min(10, max_dets) / 160)
+    first = table.splitlines()[0]
+    assert first.endswith(f"(AP) @[ IoU=0.50:0.95 | area=   all | maxDets={max_dets:>3d} ] = {reached:.3f}")
+
+
 def test_crowds_are_no_misses_and_no_hits(evaluator):
     boxes = [[0.0, 0.0, 20.0, 20.0], [40.0, 40.0, 90.0, 90.0]]
     split = one_class_split(boxes, crowd=[False, True])

@@ -220,3 +220,9 @@ def test_draw_boxes_marks_the_border_of_the_box_only():
     expected[20:36, 10:31] = True
     expected[21:35, 11:30] = False
     np.testing.assert_array_equal(changed, expected)
+
+
+def test_draw_boxes_shows_the_far_borders_of_a_box_as_large_as_the_image():
+    boxes = [[0.0, 0.0, 60.0, 40.0], [59.5, 39.5, 60.0, 40.0]]
+    drawn = np.asarray(draw_boxes(Image.new("RGB", (60, 40)), boxes, [0, 0], ["", ""]))
+    assert (drawn[:, -1].any(1)).all() and (drawn[-1].any(1)).all() and not drawn[1:-1, 1:-1].any()

@@ -10,7 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from detr.boxes import inverse_sigmoid
 from detr.config import PRESETS, preset
 from detr.losses import Criterion
-from detr.model import build_model, param_groups
+from detr.model import GroupNorm, build_model, param_groups
 from detr.transformer import Transformer
 
 VARIANTS = {
@@ -372,3 +372,12 @@ def test_heads_and_references_are_float32_under_autocast():
         rounded = model(*batch)
     assert dtypes and set(dtypes) == {(torch.float32, torch.float32)}
     torch.testing.assert_close(rounded["boxes"], exact["boxes"], rtol=0, atol=0.02)
+
+
+def test_a_map_of_one_pixel_has_a_norm():
+    """With 32 channels a group has one value, which PyTorch's own module refuses."""
+    x, norm, reference = torch.randn(3, 32, 2, 2), GroupNorm(32, 32), torch.nn.GroupNorm(32, 32)
+    torch.nn.init.normal_(norm.bias)
+    reference.load_state_dict(norm.state_dict())
+    torch.testing.assert_close(norm(x), reference(x), rtol=0, atol=0)
+    torch.testing.assert_close(norm(x[:1, :, :1, :1]), norm.bias[None, :, None, None], rtol=0, atol=1e-4)

@@ -1,6 +1,7 @@
 """Prediction on files: which images, what is written, in pixels of the original image."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from detr.config import preset
 from detr.images import DataError
 from detr.model import build_model
+from detr.output import OutputError
 from detr.predict import find_images, predict
 
 CONFIG = preset("tiny", image_size=32, max_size=48)
@@ -30,6 +32,9 @@ class OneBoxAQuarter(nn.Module):
         scores = torch.tensor([[[0.8, 0.01], [0.02, 0.3]]]).repeat(len(images), 1, 1)
         boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.5, 0.5]]]).repeat(len(images), 1, 1)
         return {"logits": scores.logit(), "boxes": boxes}
+
+
+MODEL = OneBoxAQuarter(), CONFIG, CATEGORIES
 
 
 def touch(root, *names):
@@ -57,6 +62,117 @@ def test_find_images(tmp_path):
     touch(tmp_path, "other/a.jpg")
     with pytest.raises(DataError, match=r"other/a\.jpg: .*/a\.jpg has the same name"):
         find_images([str(tmp_path / "a.jpg"), str(tmp_path / "other/a.jpg")])
+
+
+@pytest.mark.parametrize(
+    ("encoded", "names"),
+    [
+        (lambda text: text.encode(), ["d é/a.png", "猫.png"]),
+        (lambda text: b"\xef\xbb\xbf" + text.encode(), ["d é/a.png", "猫.png"]),
+        (lambda text: text.encode("utf-16"), ["d é/a.png", "猫.png"]),
+        (lambda text: b"\xfe\xff" + text.encode("utf-16-be"), ["d é/a.png", "猫.png"]),
+        (lambda text: text.encode("latin-1"), ["d é/a.png", "b.png"]),
+    ],
+    ids=["utf-8", "utf-8-bom", "utf-16-le", "utf-16-be", "latin-1"],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_in_every_encoding(tmp_path, monkeypatch, encoded, names, end):
+    """Blank lines and spaces around a line do not count; a line starts from here, or from the folder of its list."""
+    touch(tmp_path, "lists/d é/a.png", "lists/b.png", "猫.png")
+    monkeypatch.chdir(tmp_path)
+    lines = ["", f"  {names[0]}\t", " ", names[1]]
+    (tmp_path / "lists" / "list.TXT").write_bytes(encoded(end.join(lines) + end))
+    expected = ["lists/d é/a.png", "猫.png" if names[1] == "猫.png" else "lists/b.png"]
+    assert [str(source) for source, _ in find_images(["lists/list.TXT"])] == expected
+
+
+def test_lists_of_names_in_no_encoding_of_patterns_and_of_lists(tmp_path):
+    touch(tmp_path, "[1]/a.png", "[1]/b.png")
+    raw = os.fsdecode(b"\xe9.png")  # as old systems named it
+    (tmp_path / "[1]" / "a.png").rename(tmp_path / "[1]" / raw)
+    (tmp_path / "[1]" / "list.txt").write_bytes(b"\xe9.png\nb.*")
+    (tmp_path / "[1]" / "lists.txt").write_text("list.txt\nlist.txt")
+    assert [source.name for source, _ in find_images([str(tmp_path / "[1]" / "lists.txt")])] == [raw, "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"b.png\n\nnone.png", r"list\.txt: line 3: none\.png: expected an image, a folder of images or a pattern"),
+        (b"\xe9.png", r"list\.txt: line 1: é\.png: expected an image"),
+        (b"b.png\nlist.txt", r"line 2: .*list\.txt: a list that names itself"),
+        (b"other.txt", r"other\.txt: line 1: .*list\.txt: a list that names itself"),
+        (b"0.txt", r"9\.txt: a list that names itself, or stands in 10 others"),
+        (b"\n \n", r"list\.txt: expected an image, a folder or a pattern on each line, found none"),
+        (b"\xff\xfea", r"list\.txt: byte 2: not UTF-16: truncated data"),
+        (b"\xff\xfe\x00\xd8", r"list\.txt: byte 2: not UTF-16: unexpected end of data"),
+        ("b.png".encode("utf-16-le"), r"list\.txt: expected text in UTF-8, in UTF-16 with a byte order mark, or in"),
+    ],
+)
+def test_lists_that_cannot_be_read(tmp_path, content, message):
+    touch(tmp_path, "b.png")
+    (tmp_path / "list.txt").write_bytes(content)
+    (tmp_path / "other.txt").write_text("list.txt")
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(f"{i + 1}.txt" if i < 19 else "b.png")
+    with pytest.raises(DataError, match=message):
+        find_images([str(tmp_path / "list.txt")])
+
+
+@pytest.mark.parametrize("name", ["photo", "photo.jpg_large", "photo.png~", "scan.heic", "scan.psd", "a.gif", ".png"])
+def test_the_picture_gets_a_suffix_that_can_be_written(tmp_path, name):
+    touch(tmp_path, "a.JPG")
+    Image.new("RGB", (80, 40)).save(tmp_path / name, "PNG")
+    inputs = [str(tmp_path / each) for each in ("a.JPG", name)]
+    results, failed = predict(*MODEL, find_images(inputs), tmp_path / "out", 0.5, torch.device("cpu"))
+    assert failed == [] and [result["file"] for result in results] == inputs
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix not in (".json", ".jsonl")} == {
+        *("a.JPG", f"{name}.png")
+    }
+    assert Image.open(tmp_path / "out" / f"{name}.png").format == "PNG"
+
+
+def test_a_suffix_is_added_to_no_name_that_is_taken(tmp_path):
+    touch(tmp_path, "a.png", "b.gif.png")
+    for name in ("a", "a.gif", "b.gif"):
+        (tmp_path / name).touch()
+    pairs = find_images([str(tmp_path / "*")])
+    assert {source.name: target.name for source, target in pairs} == {
+        **{"a": "a.png.png", "a.png": "a.png", "a.gif": "a.gif.png"},
+        **{"b.gif": "b.gif.png.png", "b.gif.png": "b.gif.png"},
+    }
+
+
+def test_the_json_comes_before_the_pictures(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "b.png")
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detr.predict.picture_of", fails)
+    with pytest.raises(KeyboardInterrupt):
+        predict(*MODEL, find_images([str(tmp_path)]), tmp_path / "out", 0.5, torch.device("cpu"))
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [len(result["detections"]) for result in results] == [1, 1]
+
+
+def test_no_picture_of_an_earlier_call_stays_beside_the_new_json(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    images = find_images([str(tmp_path)])
+    assert predict(*MODEL, images, tmp_path / "out", 0.5, torch.device("cpu"))[1] == []
+    (tmp_path / "b.png").write_text("no image")
+    Image.new("RGB", (66000, 1)).save(tmp_path / "c.png")
+    images[2] = (tmp_path / "c.png", images[2][1].with_suffix(".jpg"))  # of at most 65500 pixels
+    results, failed = predict(*MODEL, images, tmp_path / "out", 0.5, torch.device("cpu"))
+    assert [result["file"] for result in results] == [str(tmp_path / name) for name in ("a.png", "c.png")]
+    assert failed[0].startswith(f"{tmp_path / 'b.png'}: not a readable image")
+    assert failed[1].startswith(f"{tmp_path / 'c.png'}: no picture of it: 66000x1 pixels, which Pillow does not write")
+    assert not (tmp_path / "out" / "b.png").exists() and not (tmp_path / "out" / "c.jpg").exists()
+    # what somebody put there is not removed
+    (tmp_path / "out" / "b.png").write_text("mine")
+    with pytest.raises(OutputError, match=r"out/b\.png: is there already"):
+        predict(*MODEL, images, tmp_path / "out", 0.5, torch.device("cpu"))
+    assert (tmp_path / "out" / "b.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("threshold", "names"), [(0.5, ["ant"]), (0.2, ["ant", "zebra"]), (0.9, [])])

@@ -139,7 +139,7 @@ def test_an_unexpected_exception(data, tmp_path, monkeypatch, capsys):
     def bug(*_, **__):
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr("detr.cli.evaluate", bug)
+    monkeypatch.setattr("detr.evaluate.evaluate", bug)
     monkeypatch.setattr("detr.engine.detect", bug)
     for arguments, folder in (
         (["eval", "--data", str(data), "--checkpoint", str(out / "best.pt")], tmp_path),
@@ -154,7 +154,7 @@ def test_an_unexpected_exception(data, tmp_path, monkeypatch, capsys):
         text = Path(line.split("the traceback in ")[1].removesuffix(")")).read_text()
         assert text.startswith("Traceback (most recent call last)") and "in bug" in text
     # a fault without a message; and a disk without room for the traceback
-    monkeypatch.setattr("detr.cli.evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr("detr.evaluate.evaluate", lambda *_: 1 / 0)
     monkeypatch.setattr("tempfile.mkstemp", lambda *_, **__: Path("/proc/none/x").touch())
     assert main(["eval", "--data", str(data), "--checkpoint", str(out / "best.pt")]) == 70
     [line] = error_lines(capsys.readouterr())
@@ -163,14 +163,22 @@ def test_an_unexpected_exception(data, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_device_without_room(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB."),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9"),
+        (MemoryError, "Unable to allocate 7 EiB"),
+    ],
+)
+def test_a_device_without_room(data, tmp_path, monkeypatch, capsys, kind, text):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        raise kind(f"{text}\nmore")
 
     monkeypatch.setattr(Trainer, "step", full)
     assert main(train(data, tmp_path / "run", "--steps", "1")) == 1
     [line] = error_lines(capsys.readouterr())
-    assert line.startswith("detr train: error: CUDA out of memory. Tried to allocate 2 GiB. Fewer images at once")
+    assert line == f"detr train: error: not enough memory: {text}; fewer or smaller images need less"
 
 
 def test_a_thread_that_fails_and_a_full_disk(data, tmp_path, capsys):
@@ -208,6 +216,18 @@ def test_a_loader_process_that_is_killed(data, monkeypatch):
         next(trainer.batches())
 
 
+def test_a_loader_process_without_memory(data, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(CocoDataset, "_read", full)
+    trainer = Trainer(OFFICIAL, load_split(*find_split(data, "train")), CPU, workers=1)
+    with pytest.raises(
+        TrainingError, match=r"^step 0: RuntimeError: .*can't allocate memory; fewer --workers need less"
+    ):
+        next(trainer.batches())
+
+
 def test_a_loader_process_that_finds_no_image(data, monkeypatch):
     def damaged(*_):
         raise DataError("a.json: image 3: a.jpg: not a readable image: broken")
@@ -223,13 +243,13 @@ def test_a_loader_process_that_finds_no_image(data, monkeypatch):
 FAULTY_RANK = """
 import os, signal, sys
 from detr import cli
-from detr.trainer import Trainer
+from detr.trainer import Trainer, TrainingError
 step = Trainer.step
 def faulty(trainer, batches, stop=False):
     if trainer.rank == 1 and trainer.steps_done == 2:
         if os.environ["HOW"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise {"failed": cli.TrainingError, "bug": LookupError}[os.environ["HOW"]]("no more")
+        raise {"failed": TrainingError, "bug": LookupError}[os.environ["HOW"]]("no more")
     return step(trainer, batches, stop)
 Trainer.step = faulty
 sys.exit(cli.main(sys.argv[1:]))

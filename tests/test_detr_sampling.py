@@ -45,7 +45,7 @@ def test_heavy_points_are_red_and_lie_where_they_are():
     picture = Image.fromarray(np.full((100, 200, 3), 255, np.uint8))
     locations = torch.tensor([[[[0.25, 0.5], [0.75, 0.5]]]])  # [M, L, P, 2]
     weights = torch.tensor([[[0.9, 0.1]]])
-    drawn = np.asarray(draw_sampling_points(picture, locations, weights, [10.0, 70.0, 60.0, 90.0], 0, "x"))
+    drawn = np.asarray(draw_sampling_points(picture, locations, weights, [10.0, 70.0, 60.0, 90.0], 0, "x", 0.5))
     assert drawn[50, 50].tolist() == [255, 0, 0]
     assert drawn[50, 150, 2] > 200 and drawn[50, 150, 0] < 60
     assert drawn[20, 100].tolist() == [255, 255, 255]

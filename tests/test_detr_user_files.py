@@ -38,8 +38,7 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def work(original, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "MIN_AP", 0.0)
+def work(original, tmp_path):
     for name in ("data", "photos", "run"):
         shutil.copytree(original / name, tmp_path / name)
     (tmp_path / "resnet.pt").symlink_to(original / "resnet.pt")  # 45 MB

@@ -29,7 +29,7 @@ VARIANTS = {
     "detr": preset("detr_r50", backbone="resnet18", **SMALL, n_queries=9),
     "detr_dc5": preset("detr_r50_dc5", **SMALL, n_queries=9),
 }
-NAMES = ["cat", "dog", "owl", "bee", "elk"]
+NAMES = ["cat", "łódź", "owl", "\ud800", "elk"]  # a name may be any text that json can hold
 TINY = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "dec_layers": 2, "n_queries": 8}
 
 

@@ -74,7 +74,7 @@ CONFIGS = {
     "decoder": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=True, refine=True, n_levels=2),
 }
 SIZE = (32, 48)
-NAMES = ["cat", "dog", "owl"]
+NAMES = ["cat", "猫", "\ud800"]  # a name may be any text that json can hold
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,14 @@ def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
     assert_outputs(program.module(), inputs, expected)
 
 
-def test_a_detector_in_onnxruntime(detectors, tmp_path):
+def test_a_detector_in_onnxruntime(detectors, tmp_path, monkeypatch, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the test extra only")
     path, inputs, expected = detectors["two_stage"]
+    said = []
+    # where Python shows what is logged and nobody asked for
+    monkeypatch.setattr("logging.lastResort", type("Handler", (), {"level": 30, "handle": said.append}))
     session = onnxruntime.InferenceSession(export(path, tmp_path / "model.onnx", "onnx"))
+    assert said == [] and capfd.readouterr() == (f"{tmp_path / 'model.onnx'}: written\n", "")
     assert json.loads(session.get_modelmeta().custom_metadata_map["detector"])["classes"] == NAMES
     assert [x.name for x in session.get_outputs()] == ["logits", "boxes"]
 

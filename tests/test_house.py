@@ -25,6 +25,22 @@ def test_import_needs_neither_triton_nor_the_detector_libraries():
     assert done.stdout.strip() == "torch.Size([1, 3, 2])", done.stderr
 
 
+def test_the_help_of_the_commands_imports_no_library():
+    code = """
+import contextlib, io, sys
+from detr.cli import main
+for command in ([], ["synth"], ["check-data"], ["train"], ["eval"], ["predict"], ["inspect"], ["export"]):
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    assert text.getvalue().startswith("usage: detr"), command
+heavy = {"torch", "torchvision", "numpy", "scipy", "PIL", "matplotlib", "pycocotools", "faster_coco_eval",
+         "transformers", "safetensors", "tensorboard", "tqdm", "filelock", "onnx", "triton", "msda_triton"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 ARROWS = {
     "call": set(),
     "constants": set(),

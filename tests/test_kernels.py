@@ -232,22 +232,25 @@ def test_not_finite_values_stay_where_they_are(dtype, device):
 
 @pytest.mark.parametrize("D", [2, 30, 71, 1025])
 def test_gradcheck_on_the_shapes_of_the_original(D, device):
-    """N, M = 1, 2; two queries, levels and points; maps (6, 4) and (3, 2): the test of the CUDA extension."""
+    """N, M = 1, 2; two queries, levels and points; maps (6, 4) and (3, 2): the test of the CUDA extension.
+
+    A GPU adds in any order: two runs may differ in the last bit.
+    """
     shapes = [(6, 4), (3, 2)]
     value = (torch.rand(1, 30, 2, D, dtype=torch.float64, device=device) * 0.01).requires_grad_()
     locations = torch.rand(1, 2, 2, 2, 2, 2, dtype=torch.float64, device=device).requires_grad_()
     weights = torch.rand(1, 2, 2, 2, 2, dtype=torch.float64, device=device) + 1e-5
     weights = (weights / weights.sum((-1, -2), keepdim=True)).requires_grad_()
     function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton")  # noqa: E731
-    assert torch.autograd.gradcheck(function, (value, locations, weights), fast_mode=True)
+    assert torch.autograd.gradcheck(function, (value, locations, weights), fast_mode=True, nondet_tol=1e-12)
 
 
 def test_gradcheck_of_every_entry_and_gradgradcheck(device):
     shapes = [(2, 2)]
     inputs = make_inputs(shapes, B=1, Q=1, M=1, D=2, P=2, dtype=torch.float64, device=device)
     function = lambda v, x, a: ms_deform_attn(v, shapes, x, a, backend="triton")  # noqa: E731
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("B, Q", [(0, 3), (2, 0), (0, 0)])

@@ -71,6 +71,7 @@ def test_an_operator_refuses_a_cpus_memory_without_the_interpreter(device, monke
 @pytest.mark.parametrize("kind", ["", "fallback_"])
 def test_sizes_and_starts_in_any_memory(kind, device):
     """Of an operator that is called directly: every other number of the memory that holds them."""
+    device = "cpu" if kind else device
     value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=3, M=2, D=4, P=1, device=device))
     shapes, starts = torch.tensor(SHAPES, device=device), torch.tensor([12, 0], device=device)
     run = getattr(torch.ops.msda_triton, kind + "forward")
@@ -122,8 +123,8 @@ def test_the_operators_have_derivatives_of_their_own(kind, device):
             return torch.ops.msda_triton.fallback_forward(*inputs)
         return torch.ops.msda_triton.forward(*inputs, *(points or [None]), mask)
 
-    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True, nondet_tol=1e-12)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["tensor", "list"])
@@ -192,12 +193,13 @@ def test_a_compiled_graph_has_no_constants_and_no_copies(backend, form, device):
     forward, backward = ([str(node.target) for node in graph] for graph in graphs)
     assert not [name for name in forward + backward if "lift" in name or "device_put" in name]
     assert not [node for graph in graphs for node in graph if node.op == "get_attr"]
-    if form != "discrete":  # whose floats become indices
+    an_operator = form != "discrete" and (backend == "triton" or device == "cpu")  # the rest is plain PyTorch
+    if an_operator:  # floats of the formula become indices
         assert not [name for name in forward + backward if "_to_copy" in name]
     assert not [
         node for graph in graphs for node in graph if "_to_copy" in str(node.target) and "device" in node.kwargs
     ]
-    if form != "discrete":  # which is plain PyTorch
+    if an_operator:
         kind = {"triton": "", "torch": "fallback_"}[backend]
         for names, direction in ((forward, "forward"), (backward, "backward")):
             assert [name for name in names if "msda" in name] == [f"msda_triton.{kind}{direction}.default"]
@@ -337,7 +339,7 @@ def test_a_derivative_by_one_input_that_depends_on_another(backend, device):
     source = torch.rand(3, dtype=torch.float64, device=device, requires_grad=True)
 
     def run(source, attend):
-        value = (source[0] * torch.arange(1.0, 5.0, device=device)).view(1, 4, 1, 1)
+        value = (source[0] * torch.arange(1.0, 5.0, dtype=torch.float64, device=device)).view(1, 4, 1, 1)
         locations = (source[:2] * 0.2 + 0.4).view(1, 1, 1, 1, 1, 2)
         return attend(value, [(2, 2)], locations, source[2:].view(1, 1, 1, 1, 1)).pow(2).sum()
 
@@ -356,6 +358,9 @@ def test_a_derivative_by_one_input_that_depends_on_another(backend, device):
 def test_forward_mode_is_refused_and_not_zero(backend, device):
     value, locations, weights = (x.detach() for x in make_inputs(SHAPES, B=1, Q=2, M=1, D=4, device=device))
     run = lambda v: ms_deform_attn(v, SHAPES, locations, weights, backend=backend)  # noqa: E731
+    if backend == "torch" and device != "cpu":  # plain PyTorch, which has one; out is linear in value
+        torch.testing.assert_close(*torch.func.jvp(run, (value,), (value,)))
+        return
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(run, (value,), (value,))
     with torch.autograd.forward_ad.dual_level():

@@ -27,7 +27,7 @@ from msda_triton.kernels.plan import (
 )
 
 LEVELS = [100, 167, 50, 84, 25, 42, 13, 21]
-MANY = replace(CONFIGS["forward"]["many"], rotate=False)
+PLAIN = CONFIGS["forward"]["not rotated"]
 ENCODER = Kind("forward", D=32, vector=8, P=4, fused=False, double=False, few=False, pixels=True, pairs=2)
 
 
@@ -47,7 +47,7 @@ def call_of(dtype=torch.bfloat16, Q=22223, D=32, P=(4, 4, 4, 4), M=8, B=2, sizes
 
 def test_the_kind_of_an_encoders_call():
     assert kind_of(call_of(), "forward") == ENCODER
-    assert ENCODER.name == "many"
+    assert ENCODER.name == "half"
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ def test_pairs_need_memory_at_multiples_of_their_size():
         ),
         ({}, {"P": 3}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=1, warps=2)),
         ({"unroll": 1}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=1, PAIRS=1, warps=2)),
-        # the fused forward has one point at once, the backward no rows that share a query
+        # the fused forward has one point at once where a lane has 16 channels, the backward no rows that share a query
         ({}, {"fused": True, "pairs": 0}, Plan(32, 8, VEC=8, CHUNKS=2, warps=2)),
+        ({"lane": 8}, {"fused": True, "pairs": 0}, Plan(32, 8, VEC=8, UNROLL=4, warps=2)),
         ({"split": 4}, {"direction": "backward", "pairs": 0}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
-        ({"pairs": False}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
         # as many orders of chunks as a row has places in a cache line: 64 bytes of bfloat16, 128 of float32
         ({"rotate": True}, {}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, ROTATE=2, warps=2)),
         ({"rotate": True}, {"vector": 4}, Plan(32, 8, VEC=4, CHUNKS=4, UNROLL=2, PAIRS=2, ROTATE=4, warps=2)),
@@ -129,13 +129,22 @@ def test_pairs_need_memory_at_multiples_of_their_size():
         ({"rotate": True, "split": 4}, {}, Plan(8, 8, VEC=8, CHUNKS=2, UNROLL=4, SHARE=4, PAIRS=1, warps=2)),
         ({"vec": 4}, {"vector": 1, "D": 30}, Plan(BLOCK_Q=4, BLOCK_W=4, UNROLL=2, PAIRS=2, warps=2)),
         ({"vec": 4, "lane": 4}, {}, Plan(BLOCK_Q=32, BLOCK_W=8, VEC=4, UNROLL=2, PAIRS=2, warps=2)),
-        ({"heads_first": True}, {}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, HEADS_FIRST=1, warps=2)),
+        # two numbers a thread
+        ({"tile": 256, "warps": 8}, {"D": 30, "vector": 1}, Plan(16, 8, UNROLL=2, PAIRS=2, warps=8)),
+        # as many orders of points as the loop has rounds, and a power of two
+        ({"turn": True}, {}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, TURN=2, warps=2)),
+        ({"turn": True}, {"pairs": 1}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=4, PAIRS=1, TURN=4, warps=2)),
+        ({"turn": True}, {"P": 6}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, TURN=1, warps=2)),
+        ({"turn": True}, {"P": 12}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2, TURN=2, warps=2)),
+        ({"turn": True}, {"P": 0, "pairs": 0}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
+        ({"turn": True, "split": 2}, {}, Plan(16, 8, VEC=8, CHUNKS=2, UNROLL=4, SHARE=2, PAIRS=1, warps=2)),
+        ({"turn": True}, {"direction": "backward", "pairs": 0}, Plan(32, 8, VEC=8, CHUNKS=2, UNROLL=4, warps=2)),
         ({"tile": 2048, "warps": 4}, {}, Plan(64, 8, VEC=8, CHUNKS=2, UNROLL=2, PAIRS=2)),
         ({"lane": 8, "registers": 96}, {}, Plan(32, 8, VEC=8, UNROLL=2, PAIRS=2, warps=2, registers=96)),
     ],
 )
 def test_what_a_configuration_becomes(config, kind, expected):
-    assert plan_of(replace(MANY, **config), ENCODER._replace(**kind)) == expected
+    assert plan_of(replace(PLAIN, **config), ENCODER._replace(**kind)) == expected
 
 
 def test_a_grid_covers_every_query_once():
@@ -143,9 +152,6 @@ def test_a_grid_covers_every_query_once():
     assert Plan(BLOCK_Q=32).grid(call) == (695, 8, 2)
     # 4 x 8: 25 * 21 + 13 * 11 + 7 * 6 + 4 * 3 rectangles
     assert Plan(BLOCK_Q=32, BLOCK_W=8).grid(call) == (722, 8, 2)
-    # the heads of a tile are neighbours on the axis that has no limit worth the name
-    assert Plan(BLOCK_Q=32, HEADS_FIRST=1).grid(call) == (695 * 8, 1, 2)
-    assert Plan(BLOCK_Q=32, BLOCK_W=8, HEADS_FIRST=1).grid(call) == (722 * 8, 1, 2)
 
 
 def test_options_of_a_launch():
@@ -156,8 +162,9 @@ def test_options_of_a_launch():
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ({}, "many"),
-        ({"D": 64}, "wide"),
+        ({}, "half"),
+        ({"vector": 4}, "many"),
+        ({"vector": 1, "D": 30}, "many"),
         ({"few": True}, "few"),
         ({"few": True, "fused": True}, "few"),
         ({"fused": True}, "large"),
@@ -176,9 +183,10 @@ def test_rows_of_the_table(kind, name):
 
 def test_an_architecture_its_vendor_or_any():
     large = ENCODER._replace(direction="backward", fused=True)
-    assert choose(large, "sm_103") == TABLE["backward", "large"]["sm"] == "all registers"
+    assert choose(large, "sm_103") == TABLE["backward", "large"]["sm"] == "many"
+    assert choose(large, "sm_86") == TABLE["backward", "large"]["sm_86"] == "all registers"
     assert choose(large, "gfx942") == choose(large, "xpu") == TABLE["backward", "large"][""] == "large"
-    assert choose(ENCODER, "gfx1100") == TABLE["forward", "many"]["gfx1100"] == "large"
+    assert choose(ENCODER, "gfx1100") == TABLE["forward", "half"]["gfx1100"] == "large"
 
 
 @pytest.mark.parametrize("name", CONFIGS["forward"])
@@ -248,7 +256,7 @@ assert plans_of(call_of(Q=22222)) == [*runs, runs[-1]]  # another kind
 assert plans_of(call_of(Q=16385)) == [runs[-1]]  # the same power of two
 assert plans_of(call_of(Q=16384)) == [*runs, runs[-1]]
 torch.use_deterministic_algorithms(True)
-assert plans_of(call_of()) == [plan.plan_of(plan.CONFIGS["forward"]["many"], kind)]
+assert plans_of(call_of()) == [plan.plan_of(plan.CONFIGS["forward"]["lanes of 16"], kind)]
 torch.use_deterministic_algorithms(False)
 
 sums = []  # of grad_value, to which every run adds

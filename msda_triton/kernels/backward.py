@@ -54,7 +54,7 @@ def _msda_bwd_kernel(
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr,
-    ROTATE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
@@ -62,7 +62,7 @@ def _msda_bwd_kernel(
     scale_ptr, grad_value is summed as integers in units of 1 / scale: such a sum does not depend on its order.
     """
     LANES: tl.constexpr = BLOCK_D // (VEC * CHUNKS)
-    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, M, BLOCK_Q, BLOCK_W, 1, HEADS_FIRST)
+    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, 1)
     loc_row = (first * M + m) * (2 * K) + query * (M * 2 * K)
     attn_row = (first * M + m) * K + query * (M * K)
     ref_ptr = None if REF_DIM == 0 else ref_ptr + (first + query) * (REF_L * REF_DIM)

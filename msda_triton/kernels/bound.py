@@ -27,7 +27,7 @@ def _msda_bound_kernel(
     Infinite for NaN; a weight of -1 if no sample adds anything. Samples and pixels count as in the backward kernel, by
     the same helpers: what it does not add must not cost the rest its precision.
     """
-    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, M, BLOCK_Q, BLOCK_W, 1, 0)
+    b, m, first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, 1)
     loc_ptr += (first * M + m) * (2 * K) + query * (M * 2 * K)
     attn_ptr += (first * M + m) * K + query * (M * K)
     ref_ptr = None if REF_DIM == 0 else ref_ptr + (first + query) * (REF_L * REF_DIM)

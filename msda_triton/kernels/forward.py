@@ -22,14 +22,16 @@ def _msda_fwd_kernel(
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     REF_DIM: tl.constexpr, REF_L: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
-    SHARE: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    SHARE: tl.constexpr, PAIRS: tl.constexpr, ROTATE: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """out[b, q, m] = sum_l sum_p attn[b, q, m, l, p] * bilinear(value_l[b, m], loc[b, q, m, l, p]).
 
     With REF_DIM 2 or 4, loc holds offsets from a reference point or box, and attn logits of a softmax over l and p.
     A program has BLOCK_Q queries of one head and image. Of a query's SHARE rows, row r takes points r, r + SHARE, ...
+    Rows take the points of a level in TURN different orders: those of a warp are at different places of their cache
+    lines, which are otherwise the same.
     """
-    b, m, first, query, _here = rows_of_program(shapes_ptr, Q, L, M, BLOCK_Q, BLOCK_W, SHARE, HEADS_FIRST)
+    b, m, first, query, _here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, SHARE)
     loc_ptr += (first * M + m) * (2 * K) + query * (M * 2 * K)
     attn_ptr += (first * M + m) * K + query * (M * K)
     ref_ptr = None if REF_DIM == 0 else ref_ptr + (first + query) * (REF_L * REF_DIM)
@@ -47,10 +49,12 @@ def _msda_fwd_kernel(
         hidden_ptr = None if mask_ptr is None else mask_ptr + (b * S + start)
         level_ptr = value_ptr + start.to(tl.int64) * STRIDE_VS + lane
         GROUP: tl.constexpr = 2 if PAIRS == 2 else 1  # points of a row in a round
+        turn = tl.arange(0, BLOCK_Q * SHARE) % TURN * GROUP
         for p in tl.range(0, num_points, SHARE * GROUP, loop_unroll_factor=UNROLL):
             for i in tl.static_range(GROUP):
+                point = k + p if TURN == 1 else k + (p ^ turn)
                 x, y, attn, _u, _v = load_sample(
-                    loc_ptr + 2 * (k + p), attn_ptr + k + p, i, ref, softmax, H, W, ACC, REF_DIM, PAIRS
+                    loc_ptr + 2 * point, attn_ptr + point, i, ref, softmax, H, W, ACC, REF_DIM, PAIRS
                 )
                 token, _taken, attn, fx, fy, in00, in01, in10, in11 = corners(x, y, attn, H, W, hidden_ptr)
                 w0, w01, w1, w11 = corner_weights(attn, fx, fy)
@@ -70,6 +74,6 @@ def _msda_fwd_kernel(
     if SHARE > 1:
         out = tl.sum(tl.reshape(out, (BLOCK_Q, SHARE, BLOCK_D)), 1)
     # a row for each query is left; a sum of SHARE rows has no chunks. With SHARE 1 these are the rows of above
-    _b, _m, _first, query, here = rows_of_program(shapes_ptr, Q, L, M, BLOCK_Q, BLOCK_W, 1, HEADS_FIRST)
+    _b, _m, _first, query, here = rows_of_program(shapes_ptr, Q, L, BLOCK_Q, BLOCK_W, 1)
     C: tl.constexpr = CHUNKS if SHARE == 1 else 1
     store_rows(out_ptr, (first * M + m) * D, query * (M * D), out, here, D, BLOCK_D, C, ROTATE)

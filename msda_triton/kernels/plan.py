@@ -29,11 +29,10 @@ class Config:
     width: int  # columns of a program's rectangle where queries are pixels; 0 takes runs of queries there too
     warps: int
     split: int = 1  # forward only: rows that share a query, each with its part of a level's points
-    pairs: bool = True  # forward only: neighbouring locations and weights are one load
     registers: int | None = None  # per thread, at most, on NVIDIA; None leaves it to the compiler
     vec: int = 8  # neighbouring channels that a lane has, at most
     rotate: bool = False  # rows take their chunks in as many orders as a row has places in a cache line
-    heads_first: bool = False  # the heads of a tile run one after the other, not the tiles of a head
+    turn: bool = False  # forward only: rows take a level's points in as many orders as there are rounds of the loop
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Plan:
     SHARE: int = 1  # rows that share a query
     PAIRS: int = 0  # 1: x and y of a location are one load; 2: so are the weights of two points, a round of the loop
     ROTATE: int = 1  # different orders in which rows take their chunks
-    HEADS_FIRST: int = 0  # 1: of neighbouring programs the heads differ, 0: the tiles
+    TURN: int = 1  # different orders in which rows take a level's points
     warps: int = 4
     registers: int | None = None
 
@@ -72,7 +71,7 @@ class Plan:
             H, W = self.BLOCK_Q // self.BLOCK_W, self.BLOCK_W
             sizes = zip(call.level_sizes[::2], call.level_sizes[1::2], strict=True)
             tiles = sum(triton.cdiv(h, H) * triton.cdiv(w, W) for h, w in sizes)
-        return (tiles * M, 1, B) if self.HEADS_FIRST else (tiles, M, B)
+        return tiles, M, B
 
 
 class Kind(NamedTuple):
@@ -95,7 +94,7 @@ class Kind(NamedTuple):
             return "few"
         if self.fused or not self.P or self.double:
             return "large"
-        return "wide" if self.D > 32 and self.direction == "forward" else "many"
+        return "half" if self.vector == 8 and self.direction == "forward" else "many"
 
 
 def kind_of(call: Call, direction: str, deterministic: bool = False, double: bool | None = None) -> Kind:
@@ -163,18 +162,21 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     block_d = triton.next_power_of_2(kind.D)
     lane, vector = min(config.lane, kind.D), min(config.vec, kind.vector)
     chunks = lane // vector if 1 < vector < lane and block_d == kind.D else 1
-    rows = config.tile // (block_d if vector > 1 else 8 * block_d)
+    # of channels that come one by one fewer rows, but two numbers for each thread
+    rows = (config.tile if vector > 1 else max(config.tile // 8, 64 * config.warps)) // block_d
     share = config.split if kind.direction == "forward" and kind.P and kind.P % config.split == 0 else 1
     block_q = min(max(rows, share), MAX_ROWS) // share
-    # the fused forward spills with two points at once
-    unroll = 1 if kind.fused and kind.direction == "forward" else config.unroll
-    pairs = kind.pairs if config.pairs else 0
+    # the fused forward spills with two points at once, or did with 16 channels a lane
+    unroll = 1 if kind.fused and kind.direction == "forward" and lane > 8 else config.unroll
+    pairs = kind.pairs
     if pairs == 2:
         # a round of the loop takes two neighbouring points: a row needs all of a level's points, an even number
         if share == 1 and kind.P % 2 == 0 and unroll % 2 == 0:
             unroll //= 2
         else:
             pairs = 1
+    # rounds of the loop over the points of a level
+    rounds = kind.P // (2 if pairs == 2 else 1) if kind.direction == "forward" and share == 1 else 1
     return Plan(
         BLOCK_Q=block_q,
         BLOCK_W=min(config.width, block_q) if kind.pixels else 0,
@@ -185,81 +187,78 @@ def plan_of(config: Config, kind: Kind) -> Plan:
         PAIRS=pairs,
         # a row has kind.D / kind.vector * 16 bytes, and a place in a line 32; rows that share a query are added up
         ROTATE=min(chunks, max(kind.D // (2 * kind.vector), 1)) if config.rotate and share == 1 else 1,
-        HEADS_FIRST=int(config.heads_first),
+        TURN=rounds & -rounds if config.turn and rounds else 1,
         warps=config.warps,
         registers=config.registers,
     )
 
 
-# "large" is for kernels that need many registers: fused ones, float64, points per level that differ. The compiler caps
-# the registers of a thread so that more programs fit, and may then keep a few numbers in memory (it spills). Less work
-# at once, or another cap, avoids that: 255 is all that a thread can have, 128 is enough for plain kernels.
+# Lanes of 4 channels make a row of 32 float32 one cache line of one load or red, lanes of 8 half the arithmetic for its
+# address. The compiler caps the registers of a thread so that more programs fit, and may then keep a few numbers in
+# memory (it spills): another cap, or less work at once, avoids that. 255 is all that a thread can have. What each was
+# worth on an H100 is in benchmarks/NOTES.md.
 CONFIGS = {
     "forward": {
-        "many": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True),
-        "many, 128 registers": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True, registers=128),
-        "runs": Config(tile=1024, lane=16, unroll=4, width=0, warps=2, rotate=True),
-        "8 x 8": Config(tile=2048, lane=16, unroll=4, width=8, warps=4, rotate=True),
-        "16 x 8": Config(tile=4096, lane=16, unroll=4, width=8, warps=8, rotate=True, registers=128),
-        "heads first": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True, heads_first=True),
+        "many": Config(tile=1024, lane=8, unroll=4, width=8, warps=4, rotate=True, turn=True, registers=80),
+        "runs": Config(tile=1024, lane=8, unroll=4, width=0, warps=4, rotate=True, turn=True, registers=80),
+        "one warp": Config(tile=256, lane=8, unroll=4, width=4, warps=1, rotate=True, turn=True),
+        "lanes of 4": Config(tile=512, lane=4, unroll=4, width=4, warps=4, vec=4),
+        "lanes of 16": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True),
+        "lanes of 16, 128 registers": Config(
+            tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True, registers=128
+        ),
         "not rotated": Config(tile=1024, lane=16, unroll=4, width=8, warps=2),
-        "lanes of 8": Config(tile=1024, lane=8, unroll=4, width=8, warps=4, rotate=True),
-        "lanes of 4": Config(tile=1024, lane=4, unroll=4, width=8, warps=8, vec=4),
-        "one warp, lanes of 8": Config(tile=256, lane=8, unroll=4, width=4, warps=1),
-        "few": Config(tile=512, lane=16, unroll=1, width=2, split=4, warps=1),
-        "few, lanes of 8": Config(tile=256, lane=8, unroll=1, width=2, split=4, warps=1),
+        "few": Config(tile=256, lane=8, unroll=1, width=2, split=4, warps=1),
         "large": Config(tile=1024, lane=16, unroll=2, width=8, warps=2),
-        "large, rotated": Config(tile=1024, lane=16, unroll=2, width=8, warps=2, rotate=True, registers=255),
     },
     "backward": {
-        "many": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4),
-        "runs": Config(tile=1024, lane=16, unroll=1, width=0, warps=2, vec=4),
-        "8 x 8": Config(tile=2048, lane=16, unroll=1, width=8, warps=4, vec=4),
-        "heads first": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, heads_first=True),
-        "rotated": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, rotate=True),
-        "eight channels": Config(tile=1024, lane=16, unroll=1, width=8, warps=2),
-        "two points": Config(tile=1024, lane=16, unroll=2, width=8, warps=2, vec=4),
+        "many": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4),
+        "lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, vec=4),
+        "lanes of 16": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4),
         "all registers": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, registers=255),
-        "lanes of 8": Config(tile=1024, lane=8, unroll=2, width=8, warps=4, vec=4, registers=255),
-        "lanes of 4": Config(tile=1024, lane=4, unroll=1, width=8, warps=8, vec=4, registers=255),
-        "one warp, lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, vec=4, registers=255),
+        "eight channels": Config(tile=1024, lane=16, unroll=1, width=8, warps=2),
         "large": Config(tile=1024, lane=8, unroll=1, width=8, warps=4),
     },
 }
 # an interpreted program costs the same whatever its size
 _INTERPRETED = {
-    "forward": Config(tile=4096, lane=16, unroll=4, width=8, warps=1, rotate=True, heads_first=True),
+    "forward": Config(tile=4096, lane=16, unroll=4, width=8, warps=1, rotate=True, turn=True),
     "backward": Config(tile=4096, lane=16, unroll=1, width=8, warps=1),
 }
 
 # Which configuration runs where nothing is timed: by direction and kind of the call, then by architecture ("sm_90"),
-# vendor ("sm", "gfx") or, under "", for all others. Not measured on a GPU yet: the least that can be lost
-# (`python -m benchmarks.predict`) without a spill (`python -m benchmarks.compile_table`), and four times the programs
-# where there are few rows. `python -m benchmarks.tune` times them on a GPU and prints lines for this table.
+# vendor ("sm", "gfx") or, under "", for all others. "sm" is what was the fastest on an H100. Other cards were not
+# measured: theirs is the least that can be lost (`python -m benchmarks.predict`) without a spill (`python -m
+# benchmarks.compile_table`); sm_75 to sm_89 add floats one by one.
 TABLE = {
-    ("forward", "many"): {
-        "": "many",
-        "sm_80": "many, 128 registers",
-        "sm_86": "many, 128 registers",
-        "gfx": "not rotated",
-        "gfx1100": "large",
-    },
-    ("forward", "wide"): {"": "many", "sm": "many, 128 registers", "gfx": "not rotated"},
+    ("forward", "many"): {"": "lanes of 16", "sm": "many", "gfx": "not rotated", "gfx1100": "large"},
+    ("forward", "half"): {"": "lanes of 16", "sm": "runs", "gfx": "not rotated", "gfx1100": "large"},
     ("forward", "few"): {"": "few"},
-    ("forward", "large"): {"": "large", "sm": "large, rotated"},
-    ("backward", "many"): {"": "many", "sm_75": "all registers", "gfx": "eight channels"},
-    ("backward", "large"): {"": "large", "sm": "all registers"},
+    ("forward", "large"): {"": "large", "sm": "one warp"},
+    ("backward", "many"): {
+        "": "lanes of 16",
+        "sm": "many",
+        "sm_75": "all registers",
+        "sm_80": "lanes of 16",
+        "sm_86": "lanes of 16",
+        "sm_89": "lanes of 16",
+        "gfx": "eight channels",
+    },
+    ("backward", "large"): {
+        "": "large",
+        "sm": "many",
+        "sm_75": "all registers",
+        "sm_80": "all registers",
+        "sm_86": "all registers",
+        "sm_89": "all registers",
+    },
 }
 # what `set_autotune(True)` times besides
 TIMED = {
     "forward": (
-        "many", "runs", "8 x 8", "16 x 8", "heads first", "not rotated", "lanes of 8", "lanes of 4",
-        "one warp, lanes of 8", "few", "few, lanes of 8", "large", "large, rotated",
+        "many", "runs", "one warp", "lanes of 4", "lanes of 16", "lanes of 16, 128 registers", "not rotated", "few",
     ),
-    "backward": (
-        "many", "runs", "8 x 8", "heads first", "rotated", "eight channels", "two points", "lanes of 8", "lanes of 4",
-        "one warp, lanes of 8",
-    ),
+    "backward": ("many", "lanes of 8", "lanes of 16", "eight channels", "large"),
 }  # fmt: skip
 
 

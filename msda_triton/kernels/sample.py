@@ -8,20 +8,15 @@ from msda_triton.kernels.dtypes import load_number, widen
 
 @triton.jit
 def rows_of_program(
-    shapes_ptr, Q, L: tl.constexpr, M: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, SHARE: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    shapes_ptr, Q, L: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, SHARE: tl.constexpr
 ):  # fmt: skip
     """(b, m, first, query, here) of a program: its image, its head, and BLOCK_Q queries, each in SHARE rows.
 
     first is the index in [B, Q] of its first query, query [BLOCK_Q * SHARE] counts from it in 32 bits, and here masks:
     rows past the edge of the map repeat its last query, and are masked.
     """
-    if HEADS_FIRST:
-        m, tile = tl.program_id(0) % M, tl.program_id(0) // M
-    else:
-        m, tile = tl.program_id(1), tl.program_id(0)
-    m, b = m.to(tl.int64), tl.program_id(2).to(tl.int64)
-    start, H, W, y, x = _place_of_tile(tile, shapes_ptr, Q, L, BLOCK_Q, BLOCK_W)
+    m, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start, H, W, y, x = _place_of_tile(tl.program_id(0), shapes_ptr, Q, L, BLOCK_Q, BLOCK_W)
     index = tl.arange(0, BLOCK_Q * SHARE) // SHARE
     if BLOCK_W == 0:
         return b, m, b * Q + start, tl.minimum(index, W - 1 - x), index < W - x

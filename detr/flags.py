@@ -1,0 +1,210 @@
+"""Kinds of arguments of the commands, the flags of `train`, and the config that they make. Imports no PyTorch."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from detr.config import BACKENDS, MAX_PIXELS, PRESETS, RECIPE_FIELDS, RECIPES, Config, preset, short
+from detr.errors import DataError
+
+if TYPE_CHECKING:
+    from detr.images import Reading
+
+# flags that replace a field of the preset: type or choices, text
+CONFIG_FLAGS = {
+    "steps": (int, "optimiser steps"),
+    "epochs": (int, "passes over the training images; used where steps is not set"),
+    "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
+    "accumulate": (
+        int,
+        "batches that a process computes one after the other for a step, to save memory; 0, for all but the tiny "
+        "presets: enough for 2 images at most in each",
+    ),
+    "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
+    "image_size": (int, "shortest side of an image in the model, pixels; the longest allowed follows it"),
+    "ema": (float, "decay of averaged weights, e.g. 0.999; 0 averages none"),
+    "amp": (("none", "bf16", "fp16"), "autocast of the model; boxes and losses stay float32"),
+    "patience": (int, "evaluations without a better AP that end the run; 0 never does"),
+    "backend": (BACKENDS, "of the deformable attention: inductor is faster on CPUs and needs a C++ compiler"),
+    "seed": (int, "of initialisation, order, augmentation and dropout"),
+}
+SWITCHES = {
+    "compile": "torch.compile the model: slow first steps, fast later ones",
+    "grad_checkpointing": "recompute the transformer's layers in the backward: less memory, more time",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others of `detr`."""
+
+    def error(self, message: str) -> NoReturn:
+        # an argument may hold a line break
+        text = message.replace("\n", "\\n")
+        self.exit(2, f"{self.prog}: error: {text} (`{self.prog} --help` says more)\n")
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], Any]:
+    """The type of an argument that is an int or a float, finite and from `low` to `high`, where they are given."""
+    words = "an integer" if kind is int else "a number"
+    if low is not None:
+        words += f" from {low} to {high}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+            if low is None or low <= value <= high:  # NaN is not
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected {words}, got {short(text)}")
+
+    return parse
+
+
+def place(text: str) -> str:
+    """The type of an argument that names a file, a folder or a pattern: ~ is expanded, as by a shell."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file or folder, got ''")
+    return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+    """The type of an argument that names a file or a folder, see `place`."""
+    return Path(place(text))
+
+
+def checkpoint_of(place: Path) -> Path:
+    """The file of a checkpoint: of a run's folder best.pt, or until there is one checkpoint.pt; a line says which."""
+    found = next((file for name in ("best.pt", "checkpoint.pt") if (file := place / name).is_file()), place)
+    if found != place:
+        print(f"{place}: a run, of which {found.name} is taken")
+    return found
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train`, those of the data and the device apart."""
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"model: {', '.join(PRESETS)} (tiny)")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="how it is trained: official, as in the paper, from an ImageNet backbone; finetune, from --weights of a "
+        "detector; tiny, small models from nothing (the preset's)",
+    )
+    parser.add_argument("--out", type=path, help="new run directory (runs/train)")
+    parser.add_argument(
+        "--resume",
+        type=path,
+        metavar="RUN",
+        help="continue the run in this directory, or of this checkpoint.pt, as it was; --data says where its data is "
+        "now, if it was moved",
+    )
+    parser.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="with --resume: go on although images or boxes are not those that the run was trained on",
+    )
+    parser.add_argument(
+        "--weights",
+        type=path,
+        help="start from the weights in this file or folder: ours, official, Hugging Face, torchvision",
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
+    for name, (kind, text) in CONFIG_FLAGS.items():
+        values = {"choices": kind} if isinstance(kind, tuple) else {"type": number(kind), "metavar": "N"}
+        parser.add_argument(
+            _flag(name),
+            default=argparse.SUPPRESS,
+            help=f"{text} (the {'recipe' if name in RECIPE_FIELDS else 'preset'}'s)",
+            **values,
+        )
+    for name, text in SWITCHES.items():
+        parser.add_argument(_flag(name), default=argparse.SUPPRESS, action="store_true", help=text)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of the config (detr/config.py lists them), value as json; may be repeated",
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases, if installed")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def run_folder_of(options: argparse.Namespace) -> Path:
+    """The folder that `detr train` with these flags writes to."""
+    if options.resume is None:
+        return options.out or Path("runs/train")
+    is_file = options.resume.name == "checkpoint.pt" and not options.resume.is_dir()
+    return options.resume.parent if is_file else options.resume
+
+
+def new_config(options: argparse.Namespace) -> Config:
+    """The config of a new run.
+
+    Raises:
+        DataError: a flag has a value that its field does not take; the message names the field.
+    """
+    names = (*CONFIG_FLAGS, *SWITCHES)
+    overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise DataError(f"--set: expected FIELD=VALUE, got {short(text)}")
+        try:
+            overrides[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            overrides[name] = value
+    if options.no_pretrained:
+        overrides["pretrained_backbone"] = False
+    if "epochs" in overrides:
+        overrides.setdefault("steps", None)
+    recipe = overrides.pop("recipe", options.recipe)  # a recipe is more than its name, however it is chosen
+    return scaled_preset(options.preset or "tiny", recipe, **overrides)
+
+
+def scaled_preset(name: str, recipe: str | None, /, **overrides: Any) -> Config:
+    """`preset`, where the backbone's rate follows lr and max_size follows image_size.
+
+    Raises:
+        DataError: as `preset`.
+    """
+    try:
+        base, config = preset(name, recipe), preset(name, recipe, **overrides)
+        follow = {}
+        if "lr" in overrides and "lr_backbone" not in overrides:
+            follow["lr_backbone"] = base.lr_backbone * config.lr / base.lr
+        if "image_size" in overrides and "max_size" not in overrides:
+            follow["max_size"] = round(base.max_size * config.image_size / base.image_size)
+        return replace(config, **follow)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how image files are read: see `reading_of`."""
+    parser.add_argument(
+        "--exif",
+        choices=("turn", "ignore"),
+        help="turn pixels as their EXIF orientation says, where width and height of the json do not say that the boxes "
+        "are of the stored ones; or ignore it: pixels as they are stored (turn)",
+    )
+    parser.add_argument(
+        "--large-images",
+        action="store_true",
+        help=f"also read images of more than {MAX_PIXELS / 1e6:.0f} million pixels (refused, as files that are made to "
+        "fill the memory)",
+    )
+
+
+def reading_of(flags: dict[str, Any]) -> "Reading":
+    """How image files are read, from the values of `add_reading_flags`, which may be absent."""
+    from detr.images import Reading
+
+    return Reading(flags.get("exif") or "turn", bool(flags.get("large_images")))
