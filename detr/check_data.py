@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from detr.config import Config
-from detr.images import DEEP, DEFAULT_READING, DataError, Reading, read_header, read_image
+from detr.errors import DataError
+from detr.images import DEEP, DEFAULT_READING, Reading, read_header, read_image
 from detr.progress import progress
 from detr.split import LARGEST_AREA, Split
 from detr.summary import boxes_per_class, tokens

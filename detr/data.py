@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from detr import distributed
 from detr.check_data import Problem, by_kind, check_split
 from detr.config import Config
-from detr.images import DEFAULT_READING, DataError, Reading, read_image, to_tensor
+from detr.errors import DataError
+from detr.images import DEFAULT_READING, Reading, read_image, to_tensor
 from detr.progress import progress
 from detr.split import LARGEST_AREA, Annotated, Split
 from detr.transforms import evaluation_transform, resize, resized_size

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from detr import run_folder
 from detr.config import Config
 from detr.data import collate
+from detr.errors import DataError
 from detr.images import (
     DEEP,
     DEFAULT_READING,

@@ -7,7 +7,7 @@ from typing import Any
 
 from detr.checkpoint import CheckpointError
 from detr.config import short
-from detr.images import DataError
+from detr.errors import DataError
 from detr.split import difference
 
 # flags of `detr train` that say where the data is: the folder, and names within it

@@ -12,7 +12,7 @@ from detr.check_data import check_against, check_annotations, check_pair, check_
 from detr.cli import main
 from detr.config import PRESETS, preset
 from detr.data import find_split, load_split
-from detr.images import DataError
+from detr.errors import DataError
 from detr.model import build_model
 from detr.summary import summary, summary_table, tokens
 

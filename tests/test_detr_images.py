@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr.images import DataError, Reading, draw_boxes, read_header, read_image
+from detr.errors import DataError
+from detr.images import Reading, draw_boxes, read_header, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from detr.config import preset
-from detr.images import DataError
+from detr.errors import DataError
 from detr.model import build_model
 from detr.output import OutputError
 from detr.predict import find_images, predict

@@ -21,7 +21,7 @@ from detr import checkpoint, run_folder
 from detr.cli import main
 from detr.config import preset
 from detr.data import CocoDataset, TrainingStream, find_split, load_split, validation_loader
-from detr.images import DataError
+from detr.errors import DataError
 from detr.synth import write_dataset
 from detr.trainer import Trainer, TrainingError
 from detr.transforms import training_transform
