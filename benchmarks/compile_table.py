@@ -54,7 +54,7 @@ GRAD_OUT_LOADS = {("channels.py", _first + i) for i in range(len(_source))}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 # compiled in every configuration on budget targets, and by --quick: (variant, dtype, channels per head)
 MAIN = [("plain", "bf16", 32), ("plain", "fp16", 32), ("plain", "fp32", 32), ("box", "bf16", 32)]
-# compiled by --quick too, for sm_90: what rotated chunks cost beside chunks that are not
+# compiled by --quick too, for sm_90: the fewest instructions, which few lanes a row have
 BESIDE = {"forward": "lanes of 16", "backward": "lanes of 16"}
 # "point", "box": fused with reference points; "frozen": no grad_value; "list": points per level that differ
 VARIANTS = {
