@@ -231,7 +231,8 @@ def nvidia_counts(case: Case, compiled: CompiledKernel) -> dict:
         code = parse_sass(_run("nvdisasm", "--print-code", "--print-line-info-inline", cubin.name))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
     opcodes = [op for op, _, _ in code]
-    loops = _loops(code) or {(0, len(code))}
+    # value is read in the loops over points; in those over levels some loads of a size keep no line but the kernel's
+    loops = _inner(_loops(code)) or {(0, len(code))}
     loads = [
         _load_bits(op) if op.startswith("LDG") and _of_value(frames) and any(a <= i < b for a, b in loops) else 0
         for i, (op, frames, _) in enumerate(code)
@@ -299,6 +300,11 @@ def _loops(code: list) -> set[tuple[int, int]]:
     return {(a, b) for a, b in loops if b - a > 8 or not any(op.startswith("VOTE") for op, _, _ in code[a:b])}
 
 
+def _inner(loops: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Those that have no other one within."""
+    return {(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)}
+
+
 def _per_row(case: Case, code: list, loads: list[int]) -> float | None:
     if case.kernel == "bound":
         return None  # it reads nothing of value, by which rounds are counted
@@ -321,7 +327,7 @@ def issued_instructions(code: list, loads: list[int], load_bits: int, levels: in
     unrolling, whose rounds are known at run time only).
     """
     loops = _loops(code)
-    inner = {(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)}
+    inner = _inner(loops)
     if len(inner) > 1 and all(any(loads[a:b]) for a, b in inner):
         return None
     rounds = [1.0] * len(code)
