@@ -4,7 +4,7 @@ import filecmp
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -98,11 +98,14 @@ def check_split(
 
 def check_pair(train: Split, val: Split) -> list[Problem]:
     """Images of `val` that are images of `train` too, byte for byte; none of it is fatal."""
-    in_train = dict(zip(train.file_digests, train.images.paths, strict=True))
+    in_train = defaultdict(list)  # other files may have the same digest
+    for digest, path in zip(train.file_digests, train.images.paths, strict=True):
+        in_train[digest].append(path)
     problems = []
     for digest, image_id, path in zip(val.file_digests, val.images.ids, val.images.paths, strict=True):
-        other = in_train.get(digest)
-        if other is not None and (os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)):
+        others = in_train.get(digest, ())
+        other = next((x for x in others if os.path.samefile(path, x) or filecmp.cmp(path, x, shallow=False)), None)
+        if other is not None:
             message = f"{path} is {other}, an image of the training: what is measured on it says nothing of new images"
             entry = f"image {image_id}"
             problems.append(Problem(str(val.json_path), "seen in training", entry, "file_name", message, False))

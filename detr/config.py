@@ -93,12 +93,12 @@ class Config:
     loss_bbox: float = _in(5.0, 0, 10_000)
     loss_giou: float = _in(2.0, 0, 10_000)
     focal_alpha: float = _in(0.25, 0, 1)  # weight of the positives in the focal loss
-    eos_weight: float = _in(0.1, 0, 10)  # weight of "no object" in the softmax loss
+    eos_weight: float = _in(0.1, 0, 10_000)  # weight of "no object" in the softmax loss
 
     # data
     # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
     image_size: int = _in(800, 32, PIXELS)
-    max_size: int = _in(1333, 32, 2 * PIXELS)  # pixels; the longest side stays below this
+    max_size: int = _in(1333, 32, 1_000_000)  # pixels; the longest side stays below this
     # "official": flip, multi-scale resize, crop; "tiny": flip at one size
     augment: str = _one_of("official", ("official", "tiny"))
 
@@ -109,7 +109,7 @@ class Config:
     lr_offsets_mult: float = _in(0.1, 0, 100)  # factor on lr for sampling offsets and reference points
     beta2: float = _fraction(0.999)  # AdamW's decay of the squared gradients
     weight_decay: float = _in(1e-4, 0, 10)  # AdamW, on every parameter as the original does
-    clip_norm: float = _in(0.1, 0, 1_000_000)  # global gradient norm is clipped to this; 0 does not clip
+    clip_norm: float = _in(0.1, 0, 10**12)  # global gradient norm is clipped to this; 0 does not clip
     batch_size: int = _in(32, 1, BATCH)  # images per optimiser step, over all processes and accumulated batches
     # batches that a process computes one after the other for each optimiser step; 0 chooses it so that a process holds
     # at most 2 images at a time, as in the original runs
@@ -319,12 +319,13 @@ def preset(name: str, recipe: str | None = None, /, **overrides: Any) -> Config:
     """The named preset with some fields replaced.
 
     Args:
-        recipe: one of RECIPES; None leaves the preset's own.
+        recipe: one of RECIPES, also by its name; None leaves the preset's own.
 
     Raises:
         ValueError: unknown preset, recipe or field, or values that do not fit together.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {short(name)}")
+    recipe = overrides.pop("recipe", recipe)
     fields = {} if recipe is None else recipe_fields(recipe, name)
     return Config.from_dict(PRESETS[name].to_dict() | fields | overrides)

@@ -95,7 +95,9 @@ def coco_metrics(
         evaluation.print_function = print  # faster-coco-eval would write its table to the log
         with contextlib.redirect_stdout(table):
             evaluation.summarize()
-    names = (name.replace("AR100", f"AR{max_dets}") for name in STATS)
+    # AR5, for 5 detections, is the recall at 10 and at 100 too
+    allowed = {f"AR{n}": f"AR{min(n, max_dets) if n < MAX_DETS else max_dets}" for n in (1, 10, MAX_DETS)}
+    names = (allowed.get(name, name) for name in STATS)
     metrics: dict[str, Any] = {name: _fraction(v) for name, v in zip(names, evaluation.stats, strict=False)}
     # [IoU thresholds, recall thresholds, classes, areas, detections allowed]: all areas, max_dets
     precision = evaluation.eval["precision"][:, :, :, 0, -1]

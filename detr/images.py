@@ -2,6 +2,7 @@
 
 import colorsys
 import contextlib
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, reading: Reading
 
     Palette, CMYK and 8-bit grey images are converted; transparency is dropped. Grey images of 16 or 32 bits, floating
     point too, are mapped one by one: their 0.5 percentile becomes 0 and their 99.5 percentile 255, what is not a number
-    0. Of 16-bit colours the upper 8 bits are taken.
+    0. Of 16-bit colours, and of 16-bit grey with transparency, the upper 8 bits are taken.
 
     Args:
         size: (width, height) that the annotations are made for. An image whose stored size fits, while its turned size
@@ -88,8 +89,6 @@ def read_image(path: Path, size: tuple[int, int] | None = None, reading: Reading
         DataError: the file is missing, truncated, no image, too large, or of another size.
     """
     with _open(path, reading) as image:
-        if image.format == "PNG":
-            image.load()  # its EXIF may come after its pixels
         header = _header(image, size, reading)
         image.filename = ""  # else Pillow 13 maps an uncompressed TIFF by its turned size, and scrambles it
         image.load()
@@ -111,6 +110,8 @@ def _open(path: Path, reading: Reading) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS and not reading.large:
                 raise Image.DecompressionBombError
+            if image.format == "PNG" and "exif" not in image.info and (exif := _late_exif(path)):
+                image.info["exif"] = exif
             yield image
     except FileNotFoundError:
         raise DataError("the image file is missing") from None
@@ -125,6 +126,18 @@ def _open(path: Path, reading: Reading) -> Iterator[Image.Image]:
         raise DataError("its pixels do not fit into memory") from None
     except _DAMAGED as error:
         raise DataError(f"not a readable image: {error}") from None
+
+
+def _late_exif(path: Path) -> bytes | None:
+    """The EXIF of a PNG, which may come after its pixels: Pillow finds it there when it has decoded them."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return b"Exif\0\0" + file.read(length)
+            file.seek(length + 4, os.SEEK_CUR)
+    return None
 
 
 def _header(image: Image.Image, size: tuple[int, int] | None, reading: Reading) -> Header:

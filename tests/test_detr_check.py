@@ -335,10 +335,25 @@ def test_images_of_the_validation_that_are_trained_on(tmp_path):
         content = bytearray(image.path.read_bytes())
         content[position] ^= 1
         image.path.write_bytes(content)
+    # head.bmp of the training, which has the tail of same.bmp, comes after it
     [problem] = check_pair(train, val)
     assert (problem.kind, problem.entry, problem.fatal) == ("seen in training", "image 5", False)
     assert problem.message.startswith(f"{tmp_path}/val/same.bmp is {tmp_path}/train/same.bmp, an image of the training")
     assert [problem.entry for problem in check_pair(train, train)] == ["image 5", "image 2", "image 9"]
+
+
+def test_an_image_of_the_training_beside_another_with_the_same_end(tmp_path):
+    data = coco_files.content()
+    for image, name in zip(data["images"], ("first.bmp", "second.bmp", "third.bmp"), strict=True):
+        image |= {"file_name": name, "width": 64, "height": 64}
+    train, val = (load_split(*coco_files.write(tmp_path, data, name)) for name in ("train", "val"))
+    content = val.images[0].path.read_bytes()
+    for i, image in enumerate(train.images):
+        image.path.write_bytes(content[:100] + bytes([content[100] ^ i]) + content[101:])
+    for image in val.images[1:]:
+        image.path.write_bytes(content[:-1])
+    [problem] = check_pair(train, val)
+    assert problem.message.startswith(f"{val.images[0].path} is {train.images[0].path}, an image of the training")
 
 
 def test_check_data_and_train_say_the_same(tmp_path, capsys):

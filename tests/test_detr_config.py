@@ -52,7 +52,7 @@ def test_presets_hold_the_published_recipes():
         ({"amp": "fp8"}, "config: amp: expected one of none, bf16, fp16, got 'fp8'"),
         ({"patience": -1}, "config: patience: expected an integer from 0 to 1000000000, got -1"),
         ({"name": "a\nb"}, "config: name: expected a text of 1 to 100 printable characters, got 'a\\nb'"),
-        ({"recipe": "fast"}, "config: recipe: expected one of official, finetune, tiny, got 'fast'"),
+        ({"recipe": "fast"}, "recipe: expected one of official, finetune, tiny, got 'fast'"),
         ({"accumulate": 3}, "config: accumulate: expected a divisor of batch_size = 8, got 3"),
         ({"dropout": 1.0}, "config: dropout: expected a number from 0 to below 1, got 1.0"),
         ({"d_model": 48}, "config: d_model: expected a multiple of 32 and of n_heads = 4, got 48"),

@@ -1,5 +1,6 @@
 """Image files of every kind: what is read, and what is refused in one line."""
 
+import io
 import struct
 import warnings
 
@@ -159,6 +160,25 @@ def test_exif_orientation(tmp_path, orientation, kind):
         for reader in (read_image, read_header):
             with pytest.raises(DataError, match="the image is 24x16 pixels as stored, expected 16x24"):
                 reader(path, (16, 24), Reading(exif="ignore"))
+
+
+def test_exif_that_comes_after_the_pixels_of_a_png(tmp_path):
+    stored = np.zeros((4, 6, 3), np.uint8)
+    stored[0, :2] = 255
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(buffer, "PNG", exif=exif)
+    data = buffer.getvalue()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    path = tmp_path / "late.png"
+    path.write_bytes(data[:start] + data[end:last] + data[start:end] + data[last:])
+    header = read_header(path, (4, 6))
+    assert (header.orientation, header.turn, header.doubtful) == (6, True, False)
+    np.testing.assert_array_equal(read(path, (4, 6)), np.rot90(stored, -1))
+    with pytest.raises(DataError, match="6x4 pixels as stored, expected 4x6"):
+        read_header(path, (4, 6), Reading(exif="ignore"))
 
 
 @pytest.mark.parametrize("orientation", SEEN)

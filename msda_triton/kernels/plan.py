@@ -229,7 +229,7 @@ _INTERPRETED = {
 
 # Which configuration runs where nothing is timed: by direction and kind of the call, then by architecture ("sm_90"),
 # vendor ("sm", "gfx") or, under "", for all others. "sm" is what was the fastest on an H100. Other cards were not
-# measured: theirs were chosen by estimates, and spill nothing (`python -m benchmarks.compile_table`); sm_75 to sm_89 add
+# measured: theirs were chosen by estimates. Nothing spills (`python -m benchmarks.compile_table`). sm_75 to sm_89 add
 # floats one by one.
 TABLE = {
     ("forward", "many"): {"": "lanes of 16", "sm": "many", "gfx": "not rotated", "gfx1100": "large"},
