@@ -176,19 +176,19 @@ def test_neighbouring_numbers_are_one_load_where_memory_is_aligned(skipped, P, d
     assert pairs == [0 if skipped or dtype == torch.float64 else 2, 0]  # the backward loads one by one
 
 
-@pytest.mark.parametrize("pairs", [0, 1, 2])
-def test_pairs(pairs, device):
-    """The same numbers, whether x and y, or the weights of two points, are one load."""
-    inputs = make_inputs(SHAPES[:2], B=1, Q=5, M=1, D=16, P=6, device=device)
+@pytest.mark.parametrize(("P", "unroll", "pairs", "turn"), [(6, 1, 1, 2), (6, 2, 2, 1), (4, 1, 1, 4), (4, 2, 2, 2)])
+def test_points_in_pairs_and_in_turned_orders(P, unroll, pairs, turn, device):
+    """The same numbers, whether the weights of two points are one load, and whatever point a row begins with."""
+    inputs = make_inputs(SHAPES[:2], B=1, Q=5, M=1, D=16, P=P, device=device)
     seen = []
 
     def run(kernel, call, arguments, plan):
-        seen.append(plan.PAIRS)
+        seen.append((plan.PAIRS, plan.TURN))
         launch.run(kernel, call, arguments, plan)
 
-    config = Config(tile=512, lane=8, unroll=1 if pairs == 1 else 2, width=2, warps=1, pairs=pairs > 0)
+    config = Config(tile=512, lane=8, unroll=unroll, width=2, warps=1, turn=True)
     check(SHAPES[:2], inputs, lambda *inputs: attend(plain_call(*inputs), config, run=run))
-    assert seen == [pairs, 0]
+    assert seen == [(pairs, turn), (0, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
