@@ -95,8 +95,6 @@ def test_a_font_of_the_system_that_has_the_letters(tmp_path, system_fonts):
 
 @pytest.mark.parametrize("raqm", [True, False])
 def test_arabic_is_joined_and_from_the_right_or_not_drawn(monkeypatch, raqm):
-    if raqm and not features.check("raqm"):
-        pytest.skip("Pillow has no libraqm here")
     monkeypatch.setattr(features, "check", lambda name: raqm)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")

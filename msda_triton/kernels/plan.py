@@ -162,11 +162,11 @@ def plan_of(config: Config, kind: Kind) -> Plan:
     block_d = triton.next_power_of_2(kind.D)
     lane, vector = min(config.lane, kind.D), min(config.vec, kind.vector)
     chunks = lane // vector if 1 < vector < lane and block_d == kind.D else 1
-    # of channels that come one by one fewer rows, but two numbers for each thread
+    # where channels are loaded one by one a program has fewer rows, but two numbers for each thread
     rows = (config.tile if vector > 1 else max(config.tile // 8, 64 * config.warps)) // block_d
     share = config.split if kind.direction == "forward" and kind.P and kind.P % config.split == 0 else 1
     block_q = min(max(rows, share), MAX_ROWS) // share
-    # the fused forward spills with two points at once, or did with 16 channels a lane
+    # with 16 channels a lane the fused forward spills with two points at once
     unroll = 1 if kind.fused and kind.direction == "forward" and lane > 8 else config.unroll
     pairs = kind.pairs
     if pairs == 2:
