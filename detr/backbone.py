@@ -1,4 +1,4 @@
-"""Convolutional backbones: torchvision's ResNets with frozen batch norms, and a small one to train from scratch."""
+"""Convolutional backbones: torchvision's ResNets with frozen batch norms, and two small ones to train from scratch."""
 
 from urllib.error import URLError
 
@@ -6,7 +6,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr.config import Config
+from detr.config import SMALL_BACKBONES, Config
 
 
 class ResNetBackbone(nn.Module):
@@ -51,19 +51,44 @@ class ResNetBackbone(nn.Module):
         return features[-len(self.channels) :]
 
 
-class TinyBackbone(nn.Module):
-    """Eight 3x3 convolutions with GroupNorm, which unlike BatchNorm does not depend on a batch of eight."""
+class BatchNorm(nn.BatchNorm2d):
+    """Takes a single value a channel too, which PyTorch's own refuses in training: by the running statistics."""
+
+    def __init__(self, channels: int):
+        # a batch of eight says little: each step moves the running statistics by 3 %
+        super().__init__(channels, momentum=0.03)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+class SmallBackbone(nn.Module):
+    """Eight 3x3 convolutions, "small" with BatchNorm and SiLU, "tiny" with GroupNorm and ReLU.
+
+    What GroupNorm computes does not depend on the other images of a batch; what the model learns from few photographs
+    in a short time is better with BatchNorm, see docs/learning.md.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
+        self.frozen = config.lr_backbone == 0
         widths = (64, 96, 128)
-        self.stem = nn.Sequential(*_conv(3, 16, stride=2), *_conv(16, 32, stride=2))
+        block = _small if config.backbone == "small" else _tiny
+        self.stem = nn.Sequential(*block(3, 16, stride=2), *block(16, 32, stride=2))
         self.stages = nn.ModuleList(
-            nn.Sequential(*_conv(before, width, stride=2), *_conv(width, width))
+            nn.Sequential(*block(before, width, stride=2), *block(width, width))
             for before, width in zip((32, *widths), widths, strict=False)
         )
         self.channels = list(widths[-config.n_levels :])
-        self.requires_grad_(config.lr_backbone > 0)
+        self.requires_grad_(not self.frozen)
+
+    def train(self, mode: bool = True) -> "SmallBackbone":
+        """As of every module; the statistics of a frozen one stay as they are."""
+        return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features of strides 8, 16 and 32, or of the last of them, of images [B, 3, H, W]."""
@@ -75,12 +100,20 @@ class TinyBackbone(nn.Module):
         return features[-len(self.channels) :]
 
 
-def _conv(before: int, after: int, stride: int = 1) -> list[nn.Module]:
+def _tiny(before: int, after: int, stride: int = 1) -> list[nn.Module]:
+    return [_conv(before, after, stride), nn.GroupNorm(8, after), nn.ReLU(inplace=True)]
+
+
+def _small(before: int, after: int, stride: int = 1) -> list[nn.Module]:
+    return [_conv(before, after, stride), BatchNorm(after), nn.SiLU(inplace=True)]
+
+
+def _conv(before: int, after: int, stride: int) -> nn.Conv2d:
     conv = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    return [conv, nn.GroupNorm(8, after), nn.ReLU(inplace=True)]
+    return conv
 
 
 def build_backbone(config: Config) -> nn.Module:
     """The backbone of `config.backbone`; its `channels` has one entry for each feature map it returns."""
-    return TinyBackbone(config) if config.backbone == "tiny" else ResNetBackbone(config)
+    return (SmallBackbone if config.backbone in SMALL_BACKBONES else ResNetBackbone)(config)

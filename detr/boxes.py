@@ -41,6 +41,26 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     return iou_and_generalized_iou(a, b)[1]
 
 
+def suppressed(boxes: Tensor, most: float, rounds: int = 16) -> Tensor:
+    """Greedy non-maximum suppression as a mask: what overlaps a better box that is kept by an IoU of more than `most`.
+
+    Its size depends on no data, so that it can be compiled and exported, which torchvision's `nms` cannot. A box is
+    settled one round after the better ones that overlap it, so `rounds` bounds the length of a chain of boxes in which
+    each overlaps the next; boxes beyond it may come out otherwise than box by box.
+
+    Args:
+        boxes: [B, N, 4] (x0, y0, x1, y1), best first.
+    Returns:
+        [B, N] bool.
+    """
+    iou = iou_and_generalized_iou(boxes[:, :, None], boxes[:, None])[0]  # NaN of two equal boxes without an area
+    over = (iou > most).float().triu(1)  # [better, worse]
+    kept = over.new_ones(over.shape[0], 1, over.shape[1])
+    for _ in range(rounds):
+        kept = 1 - (kept @ over).clamp(max=1)
+    return kept[:, 0] == 0
+
+
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """log(x / (1 - x)) with both terms kept at eps or more, so that 0 and 1 give finite values."""
     x = x.clamp(0, 1)

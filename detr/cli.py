@@ -113,10 +113,15 @@ def _parser() -> argparse.ArgumentParser:
         "synth", _synth, "Write a synthetic dataset: coloured shapes on textured backgrounds, JPEG and COCO json."
     )
     synth.add_argument("out", type=path, help="folder to write to")
-    synth.add_argument("--train", type=number(int, 1, _IMAGES), default=2000, help="training images (%(default)s)")
+    synth.add_argument(
+        "--large",
+        action="store_true",
+        help="few images of one kind of animal instead, which fills up to the whole of them",
+    )
+    synth.add_argument("--train", type=number(int, 1, _IMAGES), help="training images (2000; 160 with --large)")
     synth.add_argument("--val", type=number(int, 1, _IMAGES), default=200, help="validation images (%(default)s)")
     synth.add_argument(
-        "--size", type=number(int, 32, 4096), default=128, help="width and height of the images, pixels (%(default)s)"
+        "--size", type=number(int, 32, 4096), help="width and height of the images, pixels (128; 192 with --large)"
     )
     synth.add_argument(
         "--seed", type=number(int, 0, SEED), default=0, help="the same seed draws the same images (%(default)s)"
@@ -258,8 +263,10 @@ def _add_device_and_workers(parser: argparse.ArgumentParser) -> None:
 def _synth(options: argparse.Namespace) -> int:
     from detr.synth import write_dataset
 
-    write_dataset(options.out, options.train, options.val, options.size, options.seed)
-    print(f"{options.out}: {options.train} training and {options.val} validation images")
+    train = options.train or (160 if options.large else 2000)
+    size = options.size or (192 if options.large else 128)
+    write_dataset(options.out, train, options.val, size, options.seed, options.large)
+    print(f"{options.out}: {train} training and {options.val} validation images")
     return 0
 
 

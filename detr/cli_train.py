@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import time
 import uuid
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from detr.data import find_split, load_split, raise_or_warn, validation_loader
 from detr.engine import train
 from detr.errors import DataError
 from detr.flags import CONFIG_FLAGS, SWITCHES, checkpoint_of, new_config, reading_of, run_folder_of
+from detr.pace import set_pace
 from detr.split import Split
 from detr.trainer import Trainer
 from detr.weights import Report, load_weights
@@ -35,6 +37,7 @@ def run_training(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> int:
+    began = time.perf_counter()
     out = run_folder_of(options)
     path = out / "checkpoint.pt"
     main = distributed.is_main()
@@ -77,7 +80,10 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         report = _initialise(options, trainer)
         if main and not options.resume:
             held.enter_context(run_folder.hold(out, resume=False))
+        pace = set_pace(trainer, val, options.minutes, began) if options.minutes else None
         if main:
+            if pace:
+                print(pace)
             if report:
                 print(report)
             _introduce(trainer, val.dataset.split, out)
@@ -179,7 +185,7 @@ def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
 
 def _resumed_config(options: argparse.Namespace, state: dict[str, Any], path: Path) -> Config:
     changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
-    others = ("preset", "out", "recipe", "wandb", "weights", "no_pretrained", "exif", "large_images")
+    others = ("preset", "out", "recipe", "minutes", "wandb", "weights", "no_pretrained", "exif", "large_images")
     changed += [name for name in others if getattr(options, name)]
     if changed:
         raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")

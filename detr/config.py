@@ -6,7 +6,8 @@ from typing import Any
 
 RECIPES = ("official", "finetune", "tiny")
 BACKENDS = ("auto", "triton", "torch", "inductor")
-BACKBONES = ("tiny", "resnet18", "resnet34", "resnet50", "resnet101")
+SMALL_BACKBONES = ("tiny", "small")  # to train from scratch
+BACKBONES = (*SMALL_BACKBONES, "resnet18", "resnet34", "resnet50", "resnet101")
 # files of a whole model
 FORMATS = ("onnx", "torch-export", "aoti")
 # how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
@@ -57,10 +58,10 @@ class Config:
     name: str = "deformable_detr_r50"  # preset it came from; for people and file names only
 
     # model
-    # one of BACKBONES: torchvision's, or "tiny", a small one to train from scratch
+    # one of BACKBONES: torchvision's, or a small one to train from scratch
     backbone: str = _one_of("resnet50", BACKBONES)
     dilation: bool = False  # DC5: the last backbone stage keeps stride 16 and dilates instead
-    pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by "tiny")
+    pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by the small ones)
     # "deformable" samples points; "global" attends to every pixel: plain DETR
     attention: str = _one_of("deformable", ("deformable", "global"))
     # channels of queries and tokens; a multiple of 32 (the groups of GroupNorm) and of n_heads
@@ -77,6 +78,11 @@ class Config:
     dropout: float = _fraction(0.1)  # probability, in every transformer layer
     refine: bool = False  # iterative box refinement: each decoder layer corrects the boxes of the one before
     two_stage: bool = False  # queries start from the encoder's best proposals; needs refine
+    # with two stages: "pure" makes position and content of a query from its proposal (appendix A.4), "mixed" learns the
+    # content (arXiv 2203.03605, section 3.4)
+    query_selection: str = _one_of("pure", ("pure", "mixed"))
+    # with two stages: a proposal that a better one overlaps by more than this IoU comes after all others; 1 moves none
+    proposal_nms: float = _in(1.0, 0, 1)
     aux_loss: bool = True  # losses on every decoder layer, not only the last
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
     # of the deformable attention, see msda_triton.ms_deform_attn; of this run only
@@ -94,13 +100,16 @@ class Config:
     loss_giou: float = _in(2.0, 0, 10_000)
     focal_alpha: float = _in(0.25, 0, 1)  # weight of the positives in the focal loss
     eos_weight: float = _in(0.1, 0, 10_000)  # weight of "no object" in the softmax loss
+    # with two stages: how many proposals each object is matched to, in the loss of the first stage
+    proposal_repeats: int = _in(1, 1, 100)
 
     # data
-    # pixels; the shortest side at evaluation, and with augment "tiny" the resize target
+    # pixels; the shortest side at evaluation, and if augment is not "official" the resize target
     image_size: int = _in(800, 32, PIXELS)
     max_size: int = _in(1333, 32, 1_000_000)  # pixels; the longest side stays below this
-    # "official": flip, multi-scale resize, crop; "tiny": flip at one size
-    augment: str = _one_of("official", ("official", "tiny"))
+    # "official": flip, multi-scale resize, crop; "tiny": flip at one size; "window": the same, and a random part of the
+    # image or the image within a margin
+    augment: str = _one_of("official", ("official", "tiny", "window"))
 
     # training
     recipe: str = _one_of("official", RECIPES)  # one of RECIPES, which the fields below come from; for people

@@ -113,6 +113,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="start from the weights in this file or folder: ours, official, Hugging Face, torchvision",
     )
     parser.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
+    parser.add_argument(
+        "--minutes",
+        type=number(float, 0.01, 1_000_000),
+        metavar="M",
+        help="train for so long, evaluations included: the number of steps is chosen after a short trial",
+    )
     for name, (kind, text) in CONFIG_FLAGS.items():
         values = {"choices": kind} if isinstance(kind, tuple) else {"type": number(kind), "metavar": "N"}
         parser.add_argument(
@@ -161,6 +167,10 @@ def new_config(options: argparse.Namespace) -> Config:
             overrides[name] = json.loads(value)
         except (ValueError, RecursionError):
             overrides[name] = value
+    if options.minutes:
+        given = next((name for name in ("steps", "epochs") if name in overrides), None)
+        if given:
+            raise DataError(f"--minutes: expected without {given}, which also says how long the run is")
     if options.no_pretrained:
         overrides["pretrained_backbone"] = False
     if "epochs" in overrides:

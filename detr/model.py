@@ -51,6 +51,8 @@ class DeformableDETR(nn.Module):
         self.transformer = Transformer(config)
         if not config.two_stage:
             self.query_embed = nn.Embedding(config.n_queries, 2 * C if config.attention == "deformable" else C)
+        elif config.query_selection == "mixed":
+            self.query_embed = nn.Embedding(config.n_queries, C)
 
         class_head = nn.Linear(C, num_classes + (config.class_loss == "softmax"))
         bbox_head = MLP(C)
@@ -86,7 +88,8 @@ class DeformableDETR(nn.Module):
         outputs = {"softmax": self.config.class_loss == "softmax"}
         if self.config.two_stage:
             outputs["proposals"], boxes = self.transformer.propose(memory, self.class_embed[-1], self.bbox_embed[-1])
-            queries = self.transformer.proposed_queries(boxes)
+            content = self.query_embed.weight if self.config.query_selection == "mixed" else None
+            queries = self.transformer.proposed_queries(boxes, content)
         else:
             queries = self.transformer.learned_queries(self.query_embed.weight, images.shape[0])
         hidden, boxes = self.transformer.decoder(*queries, memory, self.bbox_embed)

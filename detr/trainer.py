@@ -70,7 +70,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.split, self.device = config, split, device
         # the recipe of one size keeps the resized images in memory
-        resize = (config.image_size, config.max_size) if config.augment == "tiny" else None
+        resize = (config.image_size, config.max_size) if config.augment != "official" else None
         self.dataset = CocoDataset(split, training_transform(config), resize)
         self.workers = workers
         pretrained = config.pretrained_backbone and fresh
@@ -96,6 +96,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        norms = [module for module in self.model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        self.statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.total_steps = config.steps or math.ceil(config.epochs * len(self.dataset) / config.batch_size)
@@ -107,6 +109,11 @@ class Trainer:
         self.unreadable: list[str] = []  # messages, one for each image file
         self.stopping = False  # a process was asked to stop, and all know
         self.sums: Counter[str] = Counter()  # of the losses since the last line of metrics.jsonl
+        self._set_rates()
+
+    def set_steps(self, steps: int) -> None:
+        """Make the run so many steps long, and its schedule with it."""
+        self.config, self.total_steps = replace(self.config, steps=steps), steps
         self._set_rates()
 
     @property
@@ -176,6 +183,7 @@ class Trainer:
         # gradients are added up over batches and averaged over processes
         counts = at_least_one(distributed.add_up(counts)) / self.world
         self.optimizer.zero_grad()
+        before = [tensor.clone() for tensor in self.statistics]
         losses = []
         for i, ((images, mask, _), targets) in enumerate(zip(batches, wanted, strict=True)):
             last = i == len(batches) - 1
@@ -196,7 +204,9 @@ class Trainer:
         values = dict(zip(["loss", *terms, "grad_norm"], numbers, strict=True))
         self.stopping = stopping > 0
         overflow = self.scaler.is_enabled() and math.isfinite(values["loss"]) and self.scaler.get_scale() >= 1
-        if math.isfinite(values["loss"] + values["grad_norm"]):
+        taken = math.isfinite(values["loss"] + values["grad_norm"])
+        self._settle_statistics(before if not taken else None)
+        if taken:
             self.scaler.step(self.optimizer)
             if self.ema:
                 self.ema.update_parameters(self.model)
@@ -211,6 +221,14 @@ class Trainer:
         if n_unreadable:
             self.note_unreadable(unreadable)
         return values["loss"] if math.isfinite(values["loss"]) else math.nan
+
+    def _settle_statistics(self, before: list[Tensor] | None) -> None:
+        """Make the running statistics the means over all processes, or put back those from before a skipped step."""
+        if self.statistics and before is None and self.world > 1:
+            sizes = [len(tensor) for tensor in self.statistics]
+            before = (distributed.add_up(torch.cat(self.statistics)) / self.world).split(sizes)
+        for tensor, value in zip(self.statistics, before or (), strict=False):
+            tensor.copy_(value)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = AMP_DTYPES[self.config.amp]

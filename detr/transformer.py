@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from detr.boxes import inverse_sigmoid
+from detr.boxes import cxcywh_to_xyxy, inverse_sigmoid, suppressed
 from detr.config import Config
 from detr.position import sine_embedding, sine_position
 from msda_triton import MSDeformAttn
+
+_CANDIDATES = 4  # proposals that are thinned, for each query
 
 
 class Memory(NamedTuple):
@@ -248,14 +250,35 @@ class Transformer(nn.Module):
         boxes = (in_float32(bbox_head, x) + anchor_logits).sigmoid()
         # column 0 says "object" for this head; padding never comes before a real token, or the batch would matter
         score = logits[..., 0].detach().masked_fill(unusable, -torch.inf)
-        best = score.topk(min(self.config.n_queries, score.shape[1]), dim=1).indices
-        best_boxes = boxes.detach().gather(1, best[..., None].expand(-1, -1, 4))
-        return {"logits": logits, "boxes": boxes}, best_boxes
+        return {"logits": logits, "boxes": boxes}, self._best(boxes.detach(), score)
 
-    def proposed_queries(self, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Target, position encoding and reference boxes of queries that start from `boxes` [B, Q, 4]."""
+    def _best(self, boxes: Tensor, score: Tensor) -> Tensor:
+        """The boxes [B, Q, 4] that queries start from, of all [B, S, 4] and their scores [B, S], best first.
+
+        With `config.proposal_nms` the best of what overlaps comes before the rest of it: a large object has hundreds of
+        tokens, which all propose it.
+        """
+        count = min(self.config.n_queries, score.shape[1])
+        thinned = self.config.proposal_nms < 1
+        best = score.topk(min(_CANDIDATES * count, score.shape[1]) if thinned else count, dim=1).indices
+        boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
+        if not thinned:
+            return boxes
+        last = suppressed(cxcywh_to_xyxy(boxes), self.config.proposal_nms)
+        order = torch.arange(best.shape[1], device=best.device) + best.shape[1] * last
+        order = order.topk(count, dim=1, largest=False).indices
+        return boxes.gather(1, order[..., None].expand(-1, -1, 4))
+
+    def proposed_queries(self, boxes: Tensor, content: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Target, position encoding and reference boxes of queries that start from `boxes` [B, Q, 4].
+
+        Args:
+            content: [Q or more, C], the targets if they are learned; None makes them from the boxes too.
+        """
         embedding = sine_embedding(boxes, self.config.d_model // 2).flatten(2)
         query_pos, target = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, -1)
+        if content is not None:
+            target = content[: boxes.shape[1]].expand_as(target)
         return target, query_pos, boxes
 
 

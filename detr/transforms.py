@@ -1,5 +1,6 @@
 """What happens to an image and its boxes between the file and the model, in training and in evaluation."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from detr.config import Config
 # of ImageNet, as torchvision's pre-trained backbones expect
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+LEAST_VISIBLE = 0.3  # of a box's area: less of an object is not asked for
 
 
 class Transform:
@@ -47,6 +49,42 @@ class RandomSizedCrop(v2.Transform):
         return int(torch.randint(low, high + 1, ()))
 
 
+class RandomWindow(v2.Transform):
+    """A random part of the image, or the image within a black margin, stretched to the size that the image had.
+
+    Objects come larger, smaller, wider, taller and in other places. A box stays, cut off at the border, where at least
+    LEAST_VISIBLE of it is seen.
+
+    Args:
+        smallest, largest: sides of the window, as factors on the image's; they are drawn evenly on a logarithmic scale,
+            as is a factor of up to `stretch` between the two sides.
+    """
+
+    def __init__(self, smallest: float = 0.5, largest: float = 1.5, stretch: float = 1.2) -> None:
+        super().__init__()
+        self.smallest, self.largest, self.stretch = smallest, largest, stretch
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image, boxes = sample["image"], sample["boxes"]
+        height, width = image.shape[-2:]
+        scale, stretch = (math.exp(self._draw(*map(math.log, ends))) for ends in self._ranges())
+        h, w = max(1, round(height * scale * stretch)), max(1, round(width * scale / stretch))
+        top, left = (round(self._draw(min(0, n - part), max(0, n - part))) for n, part in ((height, h), (width, w)))
+        image = v2.functional.resized_crop(image, top, left, h, w, [height, width], antialias=True)
+        moved = v2.functional.resized_crop(boxes, top, left, h, w, [height, width])
+        corners = v2.functional.clamp_bounding_boxes(moved)
+        areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (moved.as_subclass(Tensor), corners.as_subclass(Tensor))]
+        keep = areas[1] >= LEAST_VISIBLE * areas[0]
+        return {"image": image, "boxes": tv_tensors.wrap(corners[keep], like=corners), "labels": sample["labels"][keep]}
+
+    def _ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        return (self.smallest, self.largest), (1 / self.stretch, self.stretch)
+
+    @staticmethod
+    def _draw(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand(()))
+
+
 def resize(image: Tensor, shortest: int, longest: int) -> Tensor:
     """[3, H, W] uint8 in its proportions, the short side of `shortest` pixels unless the long one exceeds `longest`."""
     return v2.functional.resize(image, resized_size(*image.shape[-2:], shortest, longest), antialias=True)
@@ -62,6 +100,8 @@ def training_transform(config: Config) -> Transform:
     """Random augmentation, drawn from torch's global generator: the recipe `config.augment`."""
     if config.augment == "tiny":
         return Transform(v2.RandomHorizontalFlip())
+    if config.augment == "window":
+        return Transform(v2.RandomHorizontalFlip(), RandomWindow())
     # the original's sizes are for image_size 800; other image sizes keep their proportions
     sizes, before_crop, crop = (
         [round(size * config.image_size / 800) for size in original]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detr import checkpoint
-from detr.config import Config
+from detr.config import SMALL_BACKBONES, Config
 from detr.model import DeformableDETR, check_finite
 from detr.output import WRITTEN_BY, Folder, claim_file, make_parent, whole
 
@@ -160,8 +160,13 @@ def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
     config = model.config
     if layout not in ("official", "hf"):
         raise ValueError(f"layout: expected official or hf, got {layout!r}")
-    if config.backbone == "tiny" or config.own_level_only:
-        what = "backbone tiny" if config.backbone == "tiny" else "own_level_only"
+    ours = {
+        f"backbone {config.backbone}": config.backbone in SMALL_BACKBONES,
+        "own_level_only": config.own_level_only,
+        "query_selection mixed": config.two_stage and config.query_selection == "mixed",
+        f"proposal_nms {config.proposal_nms:g}": config.two_stage and config.proposal_nms < 1,
+    }
+    for what in (what for what, is_so in ours.items() if is_so):
         raise ValueError(f"layout: {layout} has no model with {what}; onnx, torch-export and aoti take any")
     converted = {}
     for key, tensor in model.state_dict().items():

@@ -25,6 +25,11 @@ CONFIG = preset(
     **{"lr": 1e-4, "lr_backbone": 1e-4, "steps": 5, "warmup_steps": 0, "eval_steps": 5, "ema": 0.5},
 )
 
+NORMED = {
+    **{"backbone": "small", "two_stage": True},
+    **{"query_selection": "mixed", "proposal_nms": 0.7, "proposal_repeats": 3},
+}
+
 
 def take(trainer: Trainer, steps: int, change=None) -> list[float]:
     """Losses of the next steps; `change` may alter the targets of a batch before."""
@@ -56,6 +61,14 @@ def main(data: Path, out: Path) -> None:
     }.items():
         trainer = Trainer(replace(CONFIG, **changes), train_split, CPU)
         found[name] = take(trainer, 5), trainer.sums["grad_norm"], trainer.state()["model"], trainer.state()["ema"]
+
+    # running statistics: of this process's images alone, and as the step leaves them
+    trainer = Trainer(replace(CONFIG, **NORMED), train_split, CPU)
+    own: list[torch.Tensor] = []
+    settle = trainer._settle_statistics
+    trainer._settle_statistics = lambda before: (own.extend(x.clone() for x in trainer.statistics), settle(before))
+    take(trainer, 1)
+    found["statistics"] = own, [x.clone() for x in trainer.statistics], trainer.weights()["model"]
 
     trainer = Trainer(CONFIG, train_split, CPU)
     found["one_rank_without_objects"] = take(trainer, 2, without_objects if rank == 1 else None)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou, nms
 
-from detr.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, xyxy_to_cxcywh
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, inverse_sigmoid, suppressed, xyxy_to_cxcywh
 from detr.position import sine_embedding, sine_position
 
 
@@ -74,3 +74,42 @@ def test_sine_position_counts_unpadded_pixels(centred, shift):
                 expected = sine_embedding(numbers, 4).flatten()
                 torch.testing.assert_close(position[b, y, x], expected, rtol=1e-5, atol=1e-6)
     assert position.isfinite().all()
+
+
+def suppressed_one_by_one(boxes: torch.Tensor, most: float) -> list[bool]:
+    """Greedy suppression of boxes [N, 4], best first, as a loop."""
+    iou, gone = box_iou(boxes, boxes), []
+    for i in range(len(boxes)):
+        gone.append(any(iou[j, i] > most and not gone[j] for j in range(i)))
+    return gone
+
+
+@pytest.mark.parametrize("most", [0.0, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+def test_suppression_is_that_of_a_loop(most, spread):
+    generator = torch.Generator().manual_seed(3)
+    # crowds around three places, and boxes that are equal
+    centres = torch.rand(2, 3, 4, generator=generator).repeat(1, 40, 1) * 0.5 + 0.2
+    boxes = cxcywh_to_xyxy(centres + spread * torch.rand(2, 120, 4, generator=generator))
+    boxes[:, 7] = boxes[:, 2]
+    gone = suppressed(boxes, most)
+    for b in range(2):
+        assert gone[b].tolist() == suppressed_one_by_one(boxes[b], most)
+        kept = nms(boxes[b], torch.linspace(1, 0, 120), most)
+        assert kept.tolist() == (~gone[b]).nonzero()[:, 0].tolist()
+    assert gone.any() and not gone[:, 0].any()
+
+
+def test_suppression_follows_a_chain_as_far_as_its_rounds():
+    # each overlaps the next by 3/5 and the one after by 1/3: every second one goes, if the rounds suffice
+    left = torch.arange(12.0)
+    boxes = torch.stack([left, torch.zeros(12), left + 4, torch.ones(12)], 1)
+    expected = suppressed_one_by_one(boxes, 0.5)
+    assert expected == [False, True] * 6
+    assert suppressed(boxes[None], 0.5)[0].tolist() == expected
+    assert suppressed(boxes[None], 0.5, rounds=3)[0].tolist()[:3] == expected[:3]
+
+
+def test_boxes_without_an_area_suppress_nothing():
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0, 0, 1, 1]]])
+    assert not suppressed(boxes, 0.0).any()

@@ -10,7 +10,7 @@ from pathlib import Path
 import distributed_run
 import pytest
 import torch
-from distributed_run import CONFIG, take, without_objects
+from distributed_run import CONFIG, NORMED, take, without_objects
 
 from detr import checkpoint
 from detr.checkpoint import load_model
@@ -81,6 +81,18 @@ def test_two_processes_equal_one_with_twice_the_batch(split, ranks, name):
         torch.testing.assert_close(model, dict(trainer.state()["model"]), rtol=0, atol=1e-5)
         torch.testing.assert_close(averaged, dict(trainer.state()["ema"]), rtol=0, atol=1e-5)
     torch.testing.assert_close(ranks[0][name][2], ranks[1][name][2], rtol=0, atol=0)
+
+
+def test_running_statistics_are_means_over_the_processes(split, ranks):
+    alone = Trainer(replace(CONFIG, **NORMED), split, CPU)
+    (first, means, model), (second, also, _) = (rank["statistics"] for rank in ranks)
+    assert len(first) == 16
+    for one, other, mean, same, before in zip(first, second, means, also, alone.statistics, strict=True):
+        torch.testing.assert_close(mean, (one + other) / 2)
+        assert torch.equal(mean, same)
+        assert not torch.equal(one, other) and not torch.equal(mean, before)
+    # and are what a checkpoint gets: here of the averaged weights
+    assert torch.equal(model["backbone.stem.1.running_mean"], means[0])
 
 
 def test_ranks_whose_batch_has_no_object(split, ranks):

@@ -30,6 +30,8 @@ SMALL = preset(
     **{"image_size": 64, "max_size": 64, "batch_size": 2, "steps": 20, "warmup_steps": 5, "eval_steps": 10},
 )
 
+LEARNS = {"backbone": "small", "query_selection": "mixed", "proposal_nms": 0.7, "proposal_repeats": 4}
+
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
@@ -59,8 +61,8 @@ def assert_same_state(a, b):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ema": 0.9, "accumulate": 2, "grad_checkpointing": True}, {"amp": "fp16"}],
-    ids=["plain", "ema-accumulate-checkpointing", "fp16"],
+    [{}, {"ema": 0.9, "accumulate": 2, "grad_checkpointing": True}, {"amp": "fp16"}, LEARNS | {"ema": 0.9}],
+    ids=["plain", "ema-accumulate-checkpointing", "fp16", "learns"],
 )
 def test_ten_steps_and_ten_more_are_twenty(splits, tmp_path, changes):
     config = replace(SMALL, **changes)
@@ -177,6 +179,17 @@ def test_autocast_keeps_the_loss_close(splits, changes, amp):
     trainer = Trainer(replace(config, amp=amp), splits[0], CPU)
     assert advance(trainer, 3) == pytest.approx(exact, rel=0.002)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_a_skipped_step_leaves_the_running_statistics(splits):
+    trainer = Trainer(replace(SMALL, **LEARNS), splits[0], CPU)
+    batches = next(trainer.batches())
+    before = [tensor.clone() for tensor in trainer.statistics]
+    batches[0][0][0, 0, 0, 0] = math.nan
+    assert math.isnan(trainer.step(batches)) and trainer.skipped == 1
+    assert len(before) == 16 and all(map(torch.equal, trainer.statistics, before))
+    trainer.step(next(trainer.batches()))
+    assert not any(map(torch.equal, trainer.statistics, before))
 
 
 @pytest.mark.parametrize("class_loss", ["focal", "softmax"])

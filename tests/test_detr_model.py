@@ -17,6 +17,7 @@ VARIANTS = {
     "plain_references": {"refine": False},
     "refine": {},
     "two_stage": {"two_stage": True},
+    "mixed": {"two_stage": True, "query_selection": "mixed", "proposal_nms": 0.6, "backbone": "small"},
     "five_levels": {"n_levels": 5},
     "single_scale": {"n_levels": 1, "refine": False},
     "own_level_only": {"own_level_only": True},
@@ -252,6 +253,45 @@ def test_two_stage_starts_from_the_best_proposals():
     model.bbox_embed[-1].layers[-1].bias.data.zero_()
     boxes = model(images, mask)["proposals"]["boxes"][1]
     torch.testing.assert_close(boxes[~unusable], torch.tensor(anchors)[~unusable])
+
+
+def test_the_best_proposals_are_thinned_and_filled_up():
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.38], [0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.38, 0.4]])
+    boxes = torch.stack([boxes, boxes.flip(0)])
+    score = torch.tensor([[4.0, 3.0, 1.0, 2.0], [-1.0, -2.0, -3.0, -torch.inf]])
+
+    def best(n_queries, nms):
+        transformer = Transformer(preset("tiny", n_queries=n_queries, proposal_nms=nms))
+        found = transformer._best(boxes, score)
+        return [[boxes[b].tolist().index(box) for box in found[b].tolist()] for b in range(2)]
+
+    assert best(3, 1.0) == [[0, 1, 3], [0, 1, 2]]
+    # of the three that overlap the best one, then the other, then the rest of them, best first
+    assert best(3, 0.7) == [[0, 2, 1], [0, 1, 2]]
+    assert best(4, 0.7) == [[0, 2, 1, 3], [0, 1, 2, 3]]
+
+
+def test_mixed_queries_have_a_content_of_their_own():
+    config = preset("tiny", query_selection="mixed", n_queries=6, d_model=32)
+    model = build_model(config, 3).eval()
+    perturb(model)
+    seen = {}
+    model.transformer.decoder.register_forward_pre_hook(lambda module, args: seen.update(target=args[0], pos=args[1]))
+    model(*make_batch((64, 96), (96, 48)))
+    assert torch.equal(seen["target"], model.query_embed.weight.expand(2, -1, -1))
+    assert not torch.equal(seen["pos"][0], seen["pos"][1])
+    model(*make_batch((32, 32)))  # fewer tokens than queries: 16 + 4 + 1
+    assert model.query_embed.weight.shape == (6, 32)
+
+
+def test_statistics_of_a_frozen_backbone_stay():
+    for rate, moves in ((0.0, False), (1e-3, True)):
+        model = build_model(preset("tiny", backbone="small", lr_backbone=rate), 3).train()
+        norm = model.backbone.stem[1]
+        before = norm.running_mean.clone()
+        model(*make_batch((64, 64)))
+        assert torch.equal(norm.running_mean, before) is not moves
+        assert model.training and norm.training is moves
 
 
 def test_two_stage_with_fewer_tokens_than_queries():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from detr.check_data import check_split
-from detr.synth import CLASSES, draw_image, write_dataset
+from detr.synth import CLASSES, draw_image, draw_large, write_dataset
 
 
 def drawings(count, size=128):
@@ -83,3 +83,26 @@ def test_boxes_enclose_what_is_visible(monkeypatch):
         assert np.abs(np.array(box) - extent).max() < 1
         assert shape.sum() == pytest.approx(area, rel=0.01)
         assert 4.5 <= max(box[2] - box[0], box[3] - box[1]) <= 30.5
+
+
+def test_large_animals_are_as_described():
+    images = [draw_large(np.random.default_rng((3, 0, i)), 96) for i in range(80)]
+    again = draw_large(np.random.default_rng((3, 0, 7)), 96)
+    assert np.array_equal(images[7][0], again[0]) and images[7][1:] == again[1:]
+    boxes = np.array([box for _, found, _, _ in images for box in found])
+    areas = np.array([area for _, _, _, found in images for area in found])
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(1) / 96
+    assert (boxes >= 0).all() and (boxes <= 96).all()
+    assert (areas <= (boxes[:, 2:] - boxes[:, :2]).prod(1)).all()
+    # from a fifth of the image, where something stands before them, to the whole of it
+    assert sides.min() > 0.15 and sides.max() == 1 and 0.7 < np.median(sides) < 0.9
+    assert {label for _, _, found, _ in images for label in found} == {0}
+    counts = np.bincount([len(found) for _, found, _, _ in images])
+    assert counts[1] > 0.7 * len(images) and 1 <= counts[0] < 0.1 * len(images) and len(counts) <= 4
+
+
+def test_a_written_large_dataset_has_no_fault(tmp_path):
+    write_dataset(tmp_path, 6, 3, 64, 0, large=True)
+    data, problems = check_split(tmp_path / "instances_train.json", tmp_path / "train", look="pixels")
+    assert problems == [] and len(data["images"]) == 6
+    assert [category["name"] for category in data["categories"]] == ["animal"]

@@ -69,6 +69,8 @@ CONFIGS = {
     "one_stage": preset("tiny", **SMALL, two_stage=False, refine=False, n_levels=2),
     # the decoder attends in boxes
     "two_stage": preset("tiny", **SMALL, two_stage=True, refine=True),
+    # queries of their own content, and proposals that are thinned
+    "mixed": preset("tiny", **SMALL, backbone="small", query_selection="mixed", proposal_nms=0.3),
     # for a C++ compiler, which takes its time
     "smallest": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=False, refine=False, n_levels=1, dec_points=1),
     "decoder": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=True, refine=True, n_levels=2),
@@ -115,7 +117,7 @@ def assert_outputs(run, inputs, expected):
             torch.testing.assert_close(torch.as_tensor(got), want[:count], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["one_stage", "two_stage"])
+@pytest.mark.parametrize("name", ["one_stage", "two_stage", "mixed"])
 def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
     path, inputs, expected = detectors[name]
     extra = {"detector.json": ""}
@@ -126,9 +128,10 @@ def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
     assert_outputs(program.module(), inputs, expected)
 
 
-def test_a_detector_in_onnxruntime(detectors, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("name", ["two_stage", "mixed"])
+def test_a_detector_in_onnxruntime(name, detectors, tmp_path, monkeypatch, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the test extra only")
-    path, inputs, expected = detectors["two_stage"]
+    path, inputs, expected = detectors[name]
     said = []
     # where Python shows what is logged and nobody asked for
     monkeypatch.setattr("logging.lastResort", type("Handler", (), {"level": 30, "handle": said.append}))

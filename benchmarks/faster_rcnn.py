@@ -1,0 +1,131 @@
+"""torchvision's Faster R-CNN with FPN on a ResNet-18, from random weights: the peer that the small detector is beside.
+
+It sees what `detr train` gives its models: the same images, sizes, augmentation, batches, evaluation and minutes.
+
+    python -m benchmarks.faster_rcnn --data FOLDER --minutes 4 --seed 0
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from detr.boxes import cxcywh_to_xyxy
+from detr.config import Config, preset
+from detr.data import CocoDataset, TrainingStream, find_split, load_split, make_loader, validation_loader
+from detr.evaluate import coco_metrics
+from detr.transforms import training_transform
+
+LR, MOMENTUM, DECAY = 0.02, 0.9, 1e-4
+WARMUP = 100
+
+
+def build(num_classes: int, config: Config) -> FasterRCNN:
+    """The model. Its anchors are of 1/10 to 1.6 times the shorter side, as torchvision's are of 800 pixels."""
+    body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5)
+    sizes = tuple((config.image_size * part,) for part in (0.1, 0.2, 0.4, 0.8, 1.6))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    return FasterRCNN(
+        body,
+        num_classes + 1,
+        min_size=config.image_size,
+        max_size=config.max_size,
+        # images arrive normalised and resized
+        image_mean=(0.0, 0.0, 0.0),
+        image_std=(1.0, 1.0, 1.0),
+        rpn_anchor_generator=anchors,
+        box_detections_per_img=100,
+        box_score_thresh=0.001,
+    )
+
+
+def unpadded(images: Tensor, mask: Tensor) -> list[Tensor]:
+    """The images of a batch, each at its own size."""
+    sizes = zip((~mask[:, :, 0]).sum(1).tolist(), (~mask[:, 0]).sum(1).tolist(), strict=True)
+    return [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+
+
+def wanted(images: list[Tensor], targets: list[dict]) -> list[dict]:
+    """Targets as torchvision's: corners in pixels, and classes from 1."""
+    found = []
+    for image, target in zip(images, targets, strict=True):
+        scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
+        found.append({"boxes": cxcywh_to_xyxy(target["boxes"]) * scale, "labels": target["labels"] + 1})
+    return found
+
+
+def evaluated(model: FasterRCNN, loader: torch.utils.data.DataLoader) -> dict:
+    """`coco_metrics` of the model."""
+    model.eval()
+    detections = {}
+    with torch.inference_mode():
+        for images, mask, targets in loader:
+            images = unpadded(images, mask)
+            for image, target, found in zip(images, targets, model(images), strict=True):
+                height, width = target["orig_size"].tolist()
+                scale = torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)
+                detections[target["image_id"]] = {
+                    "boxes": found["boxes"] * scale,
+                    "scores": found["scores"],
+                    "labels": found["labels"] - 1,
+                }
+    model.train()
+    return coco_metrics(loader.dataset.split, detections)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=4.0, help="training with its evaluation (%(default)s)")
+    parser.add_argument("--steps", type=int, help="instead of --minutes")
+    parser.add_argument("--image-size", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=LR)
+    options = parser.parse_args()
+
+    config = preset("tiny", image_size=options.image_size, max_size=2 * options.image_size, seed=options.seed)
+    train, val = (load_split(*find_split(options.data, name)) for name in ("train", "val"))
+    device = torch.device("cpu")
+    torch.manual_seed(options.seed)
+    model = build(len(train.class_names), config)
+    dataset = CocoDataset(train, training_transform(config), (config.image_size, config.max_size))
+    loader = validation_loader(val, config, device)
+    optimizer = torch.optim.SGD(model.parameters(), options.lr, MOMENTUM, weight_decay=DECAY)
+    start = time.perf_counter()
+    evaluated(model, loader)
+    of_evaluation = time.perf_counter() - start
+    B = config.batch_size
+    stream = TrainingStream(dataset, options.seed, B)
+    start, end = time.perf_counter(), 60 * options.minutes - 2 * of_evaluation
+    step = 0
+    for images, mask, targets in make_loader(stream, (range(i * B, (i + 1) * B) for i in range(10**6)), device):
+        # the schedule follows the clock, or the steps
+        done = step / options.steps if options.steps else (time.perf_counter() - start) / end
+        if done >= 1:
+            break
+        rate = options.lr * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images = unpadded(images, mask)
+        loss = sum(model(images, wanted(images, targets)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        step += 1
+    metrics = evaluated(model, loader)
+    seconds = time.perf_counter() - start
+    print(
+        f"faster_rcnn {options.data.name} seed {options.seed}: {step} steps of {B}, {seconds:.0f} s with evaluation: "
+        f"AP {metrics['AP']:.3f} AP50 {metrics['AP50']:.3f} AP75 {metrics['AP75']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

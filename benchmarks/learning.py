@@ -1,0 +1,138 @@
+"""What a choice in the recipe of a small detector is worth: trained on one folder of images, with several seeds.
+
+    python -m benchmarks.learning --data runs/large --steps 1000 --seeds 0 1 2 --threads 1 proposal_nms=1.0
+
+A row of `results/learning.csv` for each seed; docs/learning.md has the tables. Fields are those of `detr.Config`.
+"""
+
+import argparse
+import csv
+import json
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+from detr.config import Config, preset
+from detr.data import find_split, load_split, validation_loader
+from detr.evaluate import coco_metrics, detect
+from detr.pace import set_pace
+from detr.split import Split
+from detr.trainer import Trainer
+
+CSV = Path(__file__).parent / "results" / "learning.csv"
+OF_TRAINING = 40  # training images that are evaluated too
+EQUAL = 0.8  # IoU above which a detection is a duplicate of a better one
+SUPPRESSED = 0.7  # IoU of the suppression that "AP nms" would have
+
+Detections = dict[int, dict[str, Tensor]]
+
+
+def duplicates(detections: Detections, thresholds: Tensor) -> float:
+    """The part of the detections above their class's threshold [K] that repeat a better one of the class."""
+    counted = repeated = 0
+    for found in detections.values():
+        shown = found["scores"] >= thresholds[found["labels"]]
+        boxes, labels = found["boxes"][shown], found["labels"][shown]
+        equal = (box_iou(boxes, boxes) > EQUAL) & (labels[:, None] == labels)
+        counted += len(boxes)
+        repeated += int(equal.triu(1).any(0).sum())
+    return repeated / max(counted, 1)
+
+
+def detections_of_each_object(detections: Detections, split: Split) -> float:
+    """Detections above 0.3 of their image's best score that have an IoU of more than 0.5 to an object; the mean."""
+    counts = []
+    for image in split.images:
+        found = detections[image.image_id]
+        shown = found["scores"] >= 0.3 * found["scores"][:1]  # best first
+        counts += (box_iou(image.boxes.float(), found["boxes"][shown]) > 0.5).sum(1).tolist()
+    return sum(counts) / max(len(counts), 1)
+
+
+def suppressed(detections: Detections) -> Detections:
+    """What is left after non-maximum suppression of each class."""
+    kept = {}
+    for image_id, found in detections.items():
+        best = batched_nms(found["boxes"], found["scores"], found["labels"], SUPPRESSED)
+        kept[image_id] = {name: values[best] for name, values in found.items()}
+    return kept
+
+
+def train(config: Config, folder: Path, minutes: float | None) -> dict[str, float]:
+    """Train and evaluate; the row of the table."""
+    began = time.perf_counter()
+    split, val = (load_split(*find_split(folder, name)) for name in ("train", "val"))
+    device = torch.device("cpu")
+    trainer = Trainer(config, split, device)
+    loader = validation_loader(val, config, device)
+    if minutes:
+        print(set_pace(trainer, loader, minutes, began), flush=True)
+    start = time.perf_counter()
+    for batches in trainer.batches():
+        trainer.step(batches)
+    of_steps = time.perf_counter() - start
+    found, _ = detect(trainer.evaluated_model, loader, device)
+    metrics, _ = coco_metrics(val, found)
+    part = replace(split, images=split.images[:OF_TRAINING])
+    seen, _ = detect(trainer.evaluated_model, validation_loader(part, config, device), device)
+    thresholds = torch.tensor([row["best_f1_threshold"] or 0.0 for row in metrics["per_class"].values()])
+    return {
+        "steps": trainer.steps_done,
+        "seconds_per_step": of_steps / trainer.steps_done,
+        "AP": metrics["AP"],
+        "AP50": metrics["AP50"],
+        "AP75": metrics["AP75"],
+        "AP_nms": coco_metrics(val, suppressed(found))[0]["AP"],
+        "AP_train": coco_metrics(part, seen)[0]["AP"],
+        "duplicates": duplicates(found, thresholds),
+        "detections_of_an_object": detections_of_each_object(found, val),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, help="optimiser steps (the preset's)")
+    parser.add_argument("--minutes", type=float, help="as of `detr train`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", default="", help="of the row; the changed fields are in it anyway")
+    parser.add_argument("--csv", type=Path, default=CSV)
+    parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE")
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    changes = {}
+    for text in options.changes:
+        field, _, value = text.partition("=")
+        try:
+            changes[field] = json.loads(value)
+        except ValueError:
+            changes[field] = value
+    if options.steps:
+        changes["steps"] = options.steps
+    for seed in options.seeds:
+        row = {"name": options.name, "data": options.data.name, "preset": options.preset}
+        row |= {"changes": " ".join(options.changes), "seed": seed, "threads": options.threads}
+        row |= {"minutes": options.minutes or ""}
+        row |= train(preset(options.preset, seed=seed, **changes), options.data, options.minutes)
+        row |= {"torch": torch.__version__}
+        row = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+        print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+        fresh = not options.csv.exists()
+        with options.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How many optimiser steps fit into some minutes, with their evaluations: measured by a trial, which is undone."""
+
+import copy
+import itertools
+import time
+import warnings
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from detr import distributed
+from detr.config import COUNT
+from detr.evaluate import coco_metrics, detect
+from detr.trainer import Trainer, TrainingError
+
+_TRIAL = 0.04  # of the time is for trying steps, and as much for trying an evaluation
+_RESERVE = 0.04  # of the time is kept: a machine is not always equally fast
+_WARM_UP = 3  # steps that are not measured: what is made once is made in them
+_STEPS = 50  # enough to know their rate
+
+
+def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) -> str:
+    """Give `trainer` the most steps with which its run ends `minutes` after `began`; a sentence on what was measured.
+
+    It tries some steps and is then as it was before: a run of as many steps from the start is the same, bit for bit.
+    All processes step together, and take what the main one measures.
+
+    Args:
+        val: as in `detr.engine.train`. began: `time.perf_counter()` at the start of the command.
+
+    Raises:
+        TrainingError: not even one step with its evaluation fits.
+    """
+    seconds = 60 * minutes
+    before = copy.deepcopy(trainer.state())
+    trainer.set_steps(COUNT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is said again in the run
+        of_step = _time_steps(trainer, _TRIAL * seconds)
+        of_evaluation = _time_evaluation(trainer, val, _TRIAL * seconds)
+    trainer.load_state(before, Path("the start"))
+    left = seconds * (1 - _RESERVE) - (time.perf_counter() - began)
+    steps = most_steps(trainer, left, of_step, of_evaluation)
+    steps, of_step, of_evaluation, left = distributed.from_main(lambda: (steps, of_step, of_evaluation, left))
+    rates = f"a step takes {of_step:.3g} s and an evaluation {of_evaluation:.3g} s"
+    if not steps:
+        least = (seconds * (1 - _RESERVE) - left + of_step + of_evaluation) / (1 - _RESERVE) / 60
+        raise TrainingError(f"minutes: {rates}: expected at least {least:.2g}, got {minutes:g}")
+    trainer.set_steps(steps)
+    return f"{minutes:g} minutes: {rates}: {steps} steps (--steps {steps} repeats this run)"
+
+
+def most_steps(trainer: Trainer, seconds: float, of_step: float, of_evaluation: float) -> int:
+    """The most steps that fit into `seconds` together with the evaluations that are due among them."""
+    steps = 0
+    for bit in reversed(range(COUNT.bit_length() - 1)):
+        more = steps + 2**bit
+        if more * of_step + evaluations_within(trainer, more) * of_evaluation <= seconds:
+            steps = more
+    return steps
+
+
+def evaluations_within(trainer: Trainer, steps: int) -> int:
+    """The evaluations of a run of so many steps: those of `detr.engine.evaluation_is_due`, and the last one."""
+    config = trainer.config
+    if config.eval_steps:
+        return -(-steps // config.eval_steps)
+    every = config.eval_every * len(trainer.dataset)
+    passed, before = (n * config.batch_size // every for n in (steps, steps - 1))
+    return passed + (passed == before)
+
+
+def _time_steps(trainer: Trainer, budget: float) -> float:
+    """Seconds of a step, the first ones left out."""
+    times = [time.perf_counter()]
+    for batches in trainer.batches():
+        trainer.step(batches)
+        times.append(time.perf_counter())
+        enough = len(times) > _STEPS or times[-1] - times[0] > budget
+        if distributed.from_main(lambda enough=enough: enough):
+            break
+    warm = min(_WARM_UP, len(times) - 2)
+    return (times[-1] - times[warm]) / (len(times) - 1 - warm)
+
+
+def _time_evaluation(trainer: Trainer, val: DataLoader, budget: float) -> float:
+    """Seconds of an evaluation: of a batch, then of as many as there is time for, and in proportion."""
+    batches, seconds = 0, 0.0
+    more = min(1, len(val))
+    while more > batches:
+        batches = more
+        start = time.perf_counter()
+        found, _ = detect(trainer.evaluated_model, itertools.islice(val, batches), trainer.device)
+        coco_metrics(val.dataset.split, found)
+        seconds = (time.perf_counter() - start) * len(val) / batches
+        if batches > 1:
+            break
+        more = distributed.from_main(lambda seconds=seconds: int(len(val) * budget / max(seconds, 1e-9)))
+        more = min(more, len(val))
+    return seconds
