@@ -110,6 +110,7 @@ class Config:
     # "official": flip, multi-scale resize, crop; "tiny": flip at one size; "window": the same, and a random part of the
     # image or the image within a margin
     augment: str = _one_of("official", ("official", "tiny", "window"))
+    shape_groups: bool = False  # the images of a step are all wide or all tall, and so are padded less
 
     # training
     recipe: str = _one_of("official", RECIPES)  # one of RECIPES, which the fields below come from; for people
@@ -290,7 +291,17 @@ PRESETS: dict[str, Config] = {
 
 # what a recipe decides
 RECIPE_FIELDS = (
-    *("augment", "lr", "lr_backbone", "lr_offsets_mult", "beta2", "weight_decay", "clip_norm", "batch_size"),
+    *(
+        "augment",
+        "shape_groups",
+        "lr",
+        "lr_backbone",
+        "lr_offsets_mult",
+        "beta2",
+        "weight_decay",
+        "clip_norm",
+        "batch_size",
+    ),
     *("epochs", "steps", "warmup_steps", "schedule", "eval_every", "eval_steps", "ema"),
 )
 

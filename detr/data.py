@@ -232,12 +232,16 @@ class TrainingStream(Dataset):
     Args:
         batch: images that a process takes at a time. rank, world: with several processes each one has a stream of its
             own, batch after batch dealt out to them in turn: together they see what one process would.
+        group: if not 1, so many samples after each other are all wide or all tall, the last ones of an epoch apart: an
+            image is padded to the size of a batch, and upright ones beside lying ones to almost twice their own.
     """
 
-    def __init__(self, dataset: CocoDataset, seed: int, batch: int = 1, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, dataset: CocoDataset, seed: int, batch: int = 1, rank: int = 0, world: int = 1, group: int = 1
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.batch, self.rank, self.world = batch, rank, world
+        self.batch, self.rank, self.world, self.group = batch, rank, world, group
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
@@ -246,7 +250,14 @@ class TrainingStream(Dataset):
         epoch, position = divmod(n, len(self.dataset))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, 0, epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.dataset), generator=generator).numpy()
+            order = torch.randperm(len(self.dataset), generator=generator).numpy()
+            if self.group > 1:
+                first = -epoch * len(order) % self.group  # these end a group of the epoch before
+                rest = order[first:]
+                height, width = np.array(self.dataset.sizes(rest)).reshape(-1, 2).T
+                rest = in_groups(rest, height > width, self.group, generator)
+                order = np.concatenate([order[:first], rest])
+            self._epoch, self._order = epoch, order
         # torchvision's transforms draw from the global CPU generator; torch.manual_seed would reset the GPU's too
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, 1, n))
@@ -263,6 +274,17 @@ class TrainingStream(Dataset):
             else:
                 return image, target | ({"unreadable": unreadable} if unreadable else {})
         raise DataError(f"{len(unreadable)} images one after the other cannot be read, the first: {unreadable[0]}")
+
+
+def in_groups(order: np.ndarray, tall: np.ndarray, size: int, generator: torch.Generator) -> np.ndarray:
+    """`order` as groups of `size` that are all tall or all not, in random order; at the end what fills no group."""
+    groups, left = [], []
+    for kind in (order[tall], order[~tall]):
+        full = len(kind) // size * size
+        groups += list(kind[:full].reshape(-1, size))
+        left.append(kind[full:])
+    shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+    return np.concatenate([*shuffled, *left])
 
 
 def seed_of(*numbers: int) -> int:

@@ -143,7 +143,8 @@ class Trainer:
         size = self.config.batch_size // (self.accumulate * self.world)
         first, end = (steps * self.accumulate for steps in (self.steps_done, self.total_steps))
         indices = (range(b * size, (b + 1) * size) for b in range(first, end))
-        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world)
+        group = self.config.batch_size if self.config.shape_groups else 1
+        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world, group)
         loader = iter(make_loader(stream, indices, self.device, self.workers))
         while True:
             try:

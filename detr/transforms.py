@@ -60,7 +60,7 @@ class RandomWindow(v2.Transform):
             as is a factor of up to `stretch` between the two sides.
     """
 
-    def __init__(self, smallest: float = 0.5, largest: float = 1.5, stretch: float = 1.2) -> None:
+    def __init__(self, smallest: float = 0.6, largest: float = 1.4, stretch: float = 1.2) -> None:
         super().__init__()
         self.smallest, self.largest, self.stretch = smallest, largest, stretch
 
@@ -71,11 +71,13 @@ class RandomWindow(v2.Transform):
         h, w = max(1, round(height * scale * stretch)), max(1, round(width * scale / stretch))
         top, left = (round(self._draw(min(0, n - part), max(0, n - part))) for n, part in ((height, h), (width, w)))
         image = v2.functional.resized_crop(image, top, left, h, w, [height, width], antialias=True)
-        moved = v2.functional.resized_crop(boxes, top, left, h, w, [height, width])
-        corners = v2.functional.clamp_bounding_boxes(moved)
-        areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (moved.as_subclass(Tensor), corners.as_subclass(Tensor))]
-        keep = areas[1] >= LEAST_VISIBLE * areas[0]
-        return {"image": image, "boxes": tv_tensors.wrap(corners[keep], like=corners), "labels": sample["labels"][keep]}
+        # by hand: torchvision's crop cuts boxes off, and what was outside is not known any more
+        ends = torch.tensor([width, height] * 2)
+        moved = (boxes.as_subclass(Tensor) - torch.tensor([left, top] * 2)) * ends / torch.tensor([w, h] * 2)
+        seen = torch.minimum(moved.clamp(min=0), ends)
+        whole, part = ((b[:, 2:] - b[:, :2]).clamp(min=0).prod(1) for b in (moved, seen))
+        keep = (part >= LEAST_VISIBLE * whole) & (part > 0)
+        return {"image": image, "boxes": tv_tensors.wrap(seen[keep], like=boxes), "labels": sample["labels"][keep]}
 
     def _ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         return (self.smallest, self.largest), (1 / self.stretch, self.stretch)
@@ -100,8 +102,10 @@ def training_transform(config: Config) -> Transform:
     """Random augmentation, drawn from torch's global generator: the recipe `config.augment`."""
     if config.augment == "tiny":
         return Transform(v2.RandomHorizontalFlip())
-    if config.augment == "window":
-        return Transform(v2.RandomHorizontalFlip(), RandomWindow())
+    if (
+        config.augment == "window"
+    ):  # more than every second image, or larger changes, and a short training ends too soon
+        return Transform(v2.RandomHorizontalFlip(), v2.RandomApply([RandomWindow()]))
     # the original's sizes are for image_size 800; other image sizes keep their proportions
     sizes, before_crop, crop = (
         [round(size * config.image_size / 800) for size in original]

@@ -1,6 +1,7 @@
 """Datasets: layouts, labels, boxes in numbers, augmentation that moves boxes with their pixels, order of samples."""
 
 import json
+import math
 from pathlib import Path
 
 import coco_files
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from detr.config import preset
 from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, load_split, make_loader
 from detr.synth import write_dataset
-from detr.transforms import MEAN, STD, Transform, evaluation_transform, training_transform
+from detr.transforms import MEAN, STD, RandomWindow, Transform, evaluation_transform, training_transform
 
 CPU = torch.device("cpu")
 
@@ -130,7 +132,7 @@ def test_a_damaged_image_is_named_when_it_is_wanted(tmp_path):
 def test_flip_moves_boxes_with_pixels(tmp_path):
     split = load_split(*coco_files.write(tmp_path))
     plain, target = CocoDataset(split, evaluation_transform())[0]
-    dataset = CocoDataset(split, training_transform(preset("tiny")))
+    dataset = CocoDataset(split, training_transform(preset("tiny", augment="tiny")))
     flips = 0
     for seed in range(16):
         torch.manual_seed(seed)
@@ -171,9 +173,57 @@ def test_multi_scale_and_crop_keep_boxes_on_their_objects():
     assert len(widths) > 15
 
 
-@pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50"])
-def test_augmenting_an_image_without_objects(name):
-    transform = training_transform(preset(name, image_size=64, max_size=100))
+def test_a_window_keeps_boxes_on_their_objects():
+    window = RandomWindow()
+    image = torch.zeros(3, 90, 200, dtype=torch.uint8)
+    boxes = torch.tensor([[20.0, 10.0, 50.0, 40.0], [140.0, 30.0, 190.0, 85.0]])
+    for channel, (x0, y0, x1, y1) in enumerate(boxes.int().tolist()):
+        image[channel, y0:y1, x0:x1] = 255
+    seen, sides = set(), []
+    for seed in range(80):
+        torch.manual_seed(seed)
+        given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(90, 200))
+        found = window({"image": tv_tensors.Image(image), "boxes": given, "labels": torch.tensor([0, 1])})
+        assert found["image"].shape == image.shape
+        for box, label in zip(found["boxes"].tolist(), found["labels"].tolist(), strict=True):
+            inside = found["image"][label] > 127
+            rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+            extent = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            assert max(abs(float(a) - b) for a, b in zip(extent, box, strict=True)) < 2
+            if label == 0 and box[0] > 1 and box[1] > 1 and box[2] < 199 and box[3] < 89:
+                sides.append(((box[2] - box[0]) / 30, (box[3] - box[1]) / 30))
+        seen.add(tuple(found["labels"].tolist()))
+    assert {(0, 1), (0,), (1,)} <= seen  # less than a third of an object is none
+    # windows of 1.4 to 0.6 times the image make objects of 0.7 to 1.7, each side up to 1.2 times more or less; the
+    # largest are seldom whole
+    across, down = np.array(sides).T
+    for side in (across, down):
+        assert 0.59 < side.min() < 0.75 and 1.25 < side.max() < 2.01
+    assert 0.6 < (across / down).min() < 0.8 and 1.25 < (across / down).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("box", "stays"),
+    [([0.0, 0.0, 40.0, 60.0], False), ([0.0, 0.0, 120.0, 60.0], True), ([60.0, 0.0, 90.0, 60.0], True)],
+)
+def test_a_box_stays_if_enough_of_it_is_seen(box, stays, monkeypatch):
+    # the window is the right two thirds: of 40 columns none is seen, of 120 more than half
+    draws = iter([math.log(2 / 3), 0.0, 0.0, 66.0])
+    monkeypatch.setattr(RandomWindow, "_draw", staticmethod(lambda low, high: next(draws)))
+    given = tv_tensors.BoundingBoxes([box], format="XYXY", canvas_size=(90, 200))
+    found = RandomWindow()(
+        {"image": tv_tensors.Image(torch.zeros(3, 90, 200)), "boxes": given, "labels": torch.tensor([3])}
+    )
+    assert found["labels"].tolist() == [3] * stays and found["boxes"].shape == (int(stays), 4)
+    if stays:
+        assert found["boxes"][0].tolist() == pytest.approx(
+            [max(0.0, box[0] - 66) * 200 / 133, 0, (box[2] - 66) * 200 / 133, 90], abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"augment": "tiny"}, {"augment": "official"}])
+def test_augmenting_an_image_without_objects(changes):
+    transform = training_transform(preset("tiny", image_size=64, max_size=100, **changes))
     for seed in range(8):
         torch.manual_seed(seed)
         _, boxes, labels = transform(
@@ -193,6 +243,35 @@ def test_stream_visits_every_image_once_an_epoch(synthetic):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     other = TrainingStream(stream.dataset, seed=2)
     assert image_ids(other, range(10)) != epochs[0]
+
+
+def test_groups_of_one_shape():
+    class Sizes:
+        shapes = tuple((30, 20) if i % 3 == 0 else (20, 30) for i in range(50))
+
+        def __len__(self):
+            return 50
+
+        def sizes(self, indices):
+            return [self.shapes[i] for i in indices]
+
+        def __getitem__(self, index):
+            return index, {}
+
+    dataset = Sizes()
+    stream = TrainingStream(dataset, 3, group=8)
+    order = [stream[n][0] for n in range(400)]
+    assert all(sorted(order[e : e + 50]) == list(range(50)) for e in range(0, 400, 50))
+    batches = [order[b : b + 8] for b in range(0, 400, 8)]
+    mixed = [len({dataset.shapes[i] for i in batch}) > 1 for batch in batches]
+    # a batch that two epochs share, and at the end of each what fills none: 14 or fewer of 50 images
+    assert sum(mixed) <= 2 * 8
+    tall = [dataset.shapes[batch[0]] == (30, 20) for batch, m in zip(batches, mixed, strict=True) if not m]
+    assert 8 <= sum(tall) < len(tall) and tall != sorted(tall) and order[:50] != order[50:100]
+    # whatever the number of processes, and from any start
+    two = [TrainingStream(dataset, 3, batch=4, rank=rank, world=2, group=8) for rank in range(2)]
+    assert [two[b % 2][b // 2 * 4 + i][0] for b in range(100) for i in range(4)] == order
+    assert TrainingStream(dataset, 3, group=8)[333][0] == order[333]
 
 
 def test_a_sample_depends_on_its_number_and_the_seed_only(synthetic):
