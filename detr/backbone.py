@@ -57,6 +57,7 @@ class BatchNorm(nn.BatchNorm2d):
     def __init__(self, channels: int):
         # a batch of eight says little: each step moves the running statistics by 3 %
         super().__init__(channels, momentum=0.03)
+        self.num_batches_tracked = None  # which only another rule for the momentum needs
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.numel() == x.shape[1]:
@@ -69,8 +70,9 @@ class BatchNorm(nn.BatchNorm2d):
 class SmallBackbone(nn.Module):
     """Eight 3x3 convolutions, "small" with BatchNorm and SiLU, "tiny" with GroupNorm and ReLU.
 
-    What GroupNorm computes does not depend on the other images of a batch; what the model learns from few photographs
-    in a short time is better with BatchNorm, see docs/learning.md.
+    What GroupNorm computes does not depend on the other images of a batch; with BatchNorm a model learns more from few
+    photographs in a short time, see docs/learning.md. Its statistics in training are those of the images that a process
+    computes at a time: of a micro-batch, if batches are accumulated. The running ones are means over all processes.
     """
 
     def __init__(self, config: Config):

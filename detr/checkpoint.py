@@ -242,6 +242,10 @@ def describe(content: dict[str, Any], model: DeformableDETR) -> str:
     )
 
 
+# fields that files may lack which were written before there were any; their defaults are what was then
+_ADDED = ("query_selection", "proposal_nms", "proposal_repeats", "shape_groups")
+
+
 def config_of(content: dict[str, Any], path: Path) -> Config:
     """The config of a loaded checkpoint. A field that is absent is no default: the weights were made for some value.
 
@@ -249,7 +253,7 @@ def config_of(content: dict[str, Any], path: Path) -> Config:
         CheckpointError: a field is absent, unknown, of the wrong type or out of range.
     """
     for field in dataclasses.fields(Config):
-        if field.name not in content["config"]:
+        if field.name not in content["config"] and field.name not in _ADDED:
             raise CheckpointError(f"{path}: config: {field.name}: not in the file")
     try:
         return Config.from_dict(content["config"])

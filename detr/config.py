@@ -220,11 +220,10 @@ def _words(declared: dataclasses.Field) -> str:
     return f"{number} {span}{'' if kind in (int, float) else ', or null'}"
 
 
-# Without a pre-trained backbone large rates, that of the backbone above all, warm-up and a decay to 0 learn fastest;
-# what each choice is worth is in benchmarks/NOTES.md.
+# For few photographs and some minutes on a CPU, from nothing; what each choice is worth is in docs/learning.md.
 _TINY = Config(
     name="tiny",
-    backbone="tiny",
+    backbone="small",
     pretrained_backbone=False,
     d_model=64,
     n_heads=4,
@@ -238,14 +237,18 @@ _TINY = Config(
     dropout=0.0,
     refine=True,
     two_stage=True,
+    query_selection="mixed",
+    proposal_nms=0.7,
+    proposal_repeats=6,
     class_loss="varifocal",
-    loss_ce=1.0,
+    loss_ce=3.0,
     image_size=160,
     max_size=320,
     recipe="tiny",
-    augment="tiny",
-    lr=2e-3,
-    lr_backbone=4e-3,
+    augment="window",
+    shape_groups=True,
+    lr=1e-3,
+    lr_backbone=2e-3,
     beta2=0.98,
     batch_size=8,
     accumulate=1,

@@ -201,6 +201,10 @@ class CocoDataset(Dataset):
         return [tuple(resized_size(*size, *self.resize_to)) if self.resize_to else size for size in sizes]
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        return self.item(index, self.transform)
+
+    def item(self, index: int, transform: Callable) -> tuple[Tensor, dict[str, Any]]:
+        """The item with another transform."""
         image = self.split.images[index]
         orig_size = torch.tensor([image.height, image.width])
         try:
@@ -215,7 +219,7 @@ class CocoDataset(Dataset):
         height, width = pixels.shape[-2:]
         scale = torch.tensor([width / image.width, height / image.height] * 2)
         real = ~image.crowd
-        pixels, boxes, labels = self.transform(pixels, image.boxes[real] * scale, image.labels[real])
+        pixels, boxes, labels = transform(pixels, image.boxes[real] * scale, image.labels[real])
         height, width = pixels.shape[-2:]
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         boxes = torch.cat([centres, boxes[:, 2:] - boxes[:, :2]], 1) / torch.tensor([width, height] * 2)
@@ -232,16 +236,24 @@ class TrainingStream(Dataset):
     Args:
         batch: images that a process takes at a time. rank, world: with several processes each one has a stream of its
             own, batch after batch dealt out to them in turn: together they see what one process would.
+        early: the transform of the first passes over the images, and how many these are.
         group: if not 1, so many samples after each other are all wide or all tall, the last ones of an epoch apart: an
             image is padded to the size of a batch, and upright ones beside lying ones to almost twice their own.
     """
 
     def __init__(
-        self, dataset: CocoDataset, seed: int, batch: int = 1, rank: int = 0, world: int = 1, group: int = 1
+        self,
+        dataset: CocoDataset,
+        seed: int,
+        batch: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        group: int = 1,
+        early: tuple[Callable | None, int] = (None, 0),
     ) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.batch, self.rank, self.world, self.group = batch, rank, world, group
+        self.batch, self.rank, self.world, self.group, self.early = batch, rank, world, group, early
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
@@ -268,7 +280,9 @@ class TrainingStream(Dataset):
         unreadable = []
         for shift in range(min(SUBSTITUTES, len(self.dataset))):
             try:
-                image, target = self.dataset[int(self._order[(position + shift) % len(self.dataset)])]
+                index = int(self._order[(position + shift) % len(self.dataset)])
+                transform, passes = self.early
+                image, target = self.dataset.item(index, transform) if self._epoch < passes else self.dataset[index]
             except DataError as error:
                 unreadable.append(str(error))
             else:

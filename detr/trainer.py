@@ -22,7 +22,7 @@ from detr.errors import DataError, UserError
 from detr.export import find_compiler
 from detr.losses import Criterion, at_least_one
 from detr.model import build_model, param_groups
-from detr.transforms import training_transform
+from detr.transforms import early, training_transform
 from msda_triton import ms_deform_attn
 
 _MOST_PASSES = 100  # over the training images in one step: more is a slip, and may take hours
@@ -144,7 +144,7 @@ class Trainer:
         first, end = (steps * self.accumulate for steps in (self.steps_done, self.total_steps))
         indices = (range(b * size, (b + 1) * size) for b in range(first, end))
         group = self.config.batch_size if self.config.shape_groups else 1
-        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world, group)
+        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world, group, early(self.config))
         loader = iter(make_loader(stream, indices, self.device, self.workers))
         while True:
             try:

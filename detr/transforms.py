@@ -13,6 +13,7 @@ from detr.config import Config
 # of ImageNet, as torchvision's pre-trained backbones expect
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+EARLY_PASSES = 8  # over the training images, without random windows
 LEAST_VISIBLE = 0.3  # of a box's area: less of an object is not asked for
 
 
@@ -102,9 +103,7 @@ def training_transform(config: Config) -> Transform:
     """Random augmentation, drawn from torch's global generator: the recipe `config.augment`."""
     if config.augment == "tiny":
         return Transform(v2.RandomHorizontalFlip())
-    if (
-        config.augment == "window"
-    ):  # more than every second image, or larger changes, and a short training ends too soon
+    if config.augment == "window":
         return Transform(v2.RandomHorizontalFlip(), v2.RandomApply([RandomWindow()]))
     # the original's sizes are for image_size 800; other image sizes keep their proportions
     sizes, before_crop, crop = (
@@ -119,6 +118,14 @@ def training_transform(config: Config) -> Transform:
         v2.ClampBoundingBoxes(),
         v2.SanitizeBoundingBoxes(),
     )
+
+
+def early(config: Config) -> tuple[Transform | None, int]:
+    """The transform of the first passes over the images, and their number.
+
+    An image that was seen a few times only is not known by heart yet, and is learned faster as it is.
+    """
+    return (Transform(v2.RandomHorizontalFlip()), EARLY_PASSES) if config.augment == "window" else (None, 0)
 
 
 def evaluation_transform() -> Transform:

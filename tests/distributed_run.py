@@ -21,6 +21,8 @@ CPU = torch.device("cpu")
 # small rates, because Adam makes steps of full size from the rounding of gradients that are zero
 CONFIG = preset(
     "tiny_refine",
+    backbone="tiny",  # whose norms are of one image
+    loss_ce=1.0,
     **{"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "image_size": 64, "max_size": 64, "batch_size": 4},
     **{"lr": 1e-4, "lr_backbone": 1e-4, "steps": 5, "warmup_steps": 0, "eval_steps": 5, "ema": 0.5},
 )

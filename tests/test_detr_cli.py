@@ -223,7 +223,7 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
         (["predict", str(tmp_path / "none.jpg"), "--checkpoint", best], "none.jpg: expected an image"),
         (
             ["export", "--checkpoint", best, "--to", "hf", "--out", str(tmp_path / "x")],
-            f"{best}: layout: hf has no model with backbone tiny",
+            f"{best}: layout: hf has no model with backbone small",
         ),
     ):
         assert main(arguments) == 1, arguments

@@ -44,7 +44,7 @@ def test_presets_hold_the_published_recipes():
         ({"n_levels": True}, "config: n_levels: expected an integer from 1 to 10, got True"),
         (
             {"backbone": "vgg"},
-            "config: backbone: expected one of tiny, resnet18, resnet34, resnet50, resnet101, got 'vgg'",
+            "config: backbone: expected one of tiny, small, resnet18, resnet34, resnet50, resnet101, got 'vgg'",
         ),
         ({"n_levels": 0}, "config: n_levels: expected an integer from 1 to 10, got 0"),
         ({"steps": 0}, "config: steps: expected an integer from 1 to 1000000000, or null, got 0"),
@@ -57,7 +57,7 @@ def test_presets_hold_the_published_recipes():
         ({"dropout": 1.0}, "config: dropout: expected a number from 0 to below 1, got 1.0"),
         ({"d_model": 48}, "config: d_model: expected a multiple of 32 and of n_heads = 4, got 48"),
         ({"refine": False, "two_stage": True}, "config: two_stage: needs refine = True"),
-        ({"dilation": True}, "config: dilation: needs backbone resnet50 or resnet101, got tiny"),
+        ({"dilation": True}, "config: dilation: needs backbone resnet50 or resnet101, got small"),
         ({"attention": "global"}, 'config: attention: "global" needs n_levels = 1'),
         (
             {"class_loss": "softmax", "two_stage": True},

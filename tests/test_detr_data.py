@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
+from detr import transforms
 from detr.config import preset
 from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, load_split, make_loader
 from detr.synth import write_dataset
@@ -243,6 +244,25 @@ def test_stream_visits_every_image_once_an_epoch(synthetic):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     other = TrainingStream(stream.dataset, seed=2)
     assert image_ids(other, range(10)) != epochs[0]
+
+
+def test_the_first_passes_have_a_transform_of_their_own(synthetic):
+    dataset = CocoDataset(synthetic, lambda image, boxes, labels: (image + 1, boxes, labels), (32, 32))
+    early = (lambda image, boxes, labels: (image - image, boxes, labels), 2)
+    stream = TrainingStream(dataset, seed=1, early=early)
+    for n in (0, 19, 20, 35, 7):
+        image, target = stream[n]
+        plain, _ = dataset.item(target["image_id"] - 1, lambda *sample: sample)
+        assert torch.equal(image, plain + 1 if n >= 20 else torch.zeros_like(plain))
+    # that of the preset: as they are, with flips, eight times
+    transform, passes = transforms.early(preset("tiny"))
+    assert passes == 8 and transforms.early(preset("tiny", augment="tiny")) == (None, 0)
+    image = torch.arange(12, dtype=torch.uint8).reshape(1, 3, 4).expand(3, -1, -1)
+    expected = evaluation_transform()(image, torch.zeros(0, 4), torch.zeros(0).long())[0]
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = transform(image, torch.zeros(0, 4), torch.zeros(0).long())[0]
+        assert torch.equal(found, expected) or torch.equal(found, expected.flip(2))
 
 
 def test_groups_of_one_shape():

@@ -382,5 +382,17 @@ def test_bad_arguments(tmp_path):
         load_weights(model, tmp_path, ["cat"])
     with pytest.raises(ValueError, match="layout: expected official or hf, got 'mmdet'"):
         convert_weights(model, "mmdet")
-    with pytest.raises(ValueError, match="layout: hf has no model with backbone tiny"):
-        convert_weights(model, "hf")
+    # what other code would run in another way
+    resnet = {"backbone": "resnet18", "pretrained_backbone": False, "query_selection": "pure", "proposal_nms": 1.0}
+    for changes, what in (
+        ({"backbone": "tiny"}, "backbone tiny"),
+        ({"backbone": "small"}, "backbone small"),
+        ({"own_level_only": True}, "own_level_only"),
+        ({"query_selection": "mixed"}, "query_selection mixed"),
+        ({"proposal_nms": 0.7}, "proposal_nms 0.7"),
+    ):
+        model = build_model(preset("tiny", **TINY | resnet | changes), 2)
+        with pytest.raises(ValueError, match=f"layout: hf has no model with {what}; onnx"):
+            convert_weights(model, "hf")
+    for changes in ({}, {"two_stage": False, "query_selection": "mixed", "proposal_nms": 0.7}):
+        assert convert_weights(build_model(preset("tiny", **TINY | resnet | changes), 2), "hf")
