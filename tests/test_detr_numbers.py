@@ -119,7 +119,8 @@ def test_a_field_is_refused_in_one_line_or_gives_a_valid_run(name, splits, data,
 
 
 NUMBERS = {name: field for name, field in FIELDS.items() if "low" in field.metadata}
-BESIDE = {"accumulate": {"batch_size": BATCH}, "n_heads": {"d_model": 512}}  # what the largest value needs
+# what the largest value needs; at a rate of 10 the statistics of BatchNorm overflow: the line that asks for a lower lr
+BESIDE = {"accumulate": {"batch_size": BATCH}, "n_heads": {"d_model": 512}, "lr_backbone": {"backbone": "tiny"}}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
