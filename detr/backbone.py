@@ -1,5 +1,6 @@
 """Convolutional backbones: torchvision's ResNets with frozen batch norms, and two small ones to train from scratch."""
 
+from typing import Any
 from urllib.error import URLError
 
 import torchvision
@@ -58,6 +59,10 @@ class BatchNorm(nn.BatchNorm2d):
         # a batch of eight says little: each step moves the running statistics by 3 %
         super().__init__(channels, momentum=0.03)
         self.num_batches_tracked = None  # which only another rule for the momentum needs
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any) -> None:
+        # weights that come as a plain dict have no version, and the oldest one would be given that counter
+        super()._load_from_state_dict(state_dict, prefix, local_metadata | {"version": 2}, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.numel() == x.shape[1]:

@@ -294,18 +294,8 @@ PRESETS: dict[str, Config] = {
 
 # what a recipe decides
 RECIPE_FIELDS = (
-    *(
-        "augment",
-        "shape_groups",
-        "lr",
-        "lr_backbone",
-        "lr_offsets_mult",
-        "beta2",
-        "weight_decay",
-        "clip_norm",
-        "batch_size",
-    ),
-    *("epochs", "steps", "warmup_steps", "schedule", "eval_every", "eval_steps", "ema"),
+    *("augment", "shape_groups", "lr", "lr_backbone", "lr_offsets_mult", "beta2", "weight_decay", "clip_norm"),
+    *("batch_size", "epochs", "steps", "warmup_steps", "schedule", "eval_every", "eval_steps", "ema"),
 )
 
 

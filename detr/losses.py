@@ -34,7 +34,7 @@ class Criterion:
     """Loss of a model's outputs. Every decoder layer, and the first stage, is matched to the objects on its own.
 
     The first stage is matched to each object `config.proposal_repeats` times, and its loss divided by as much: hundreds
-    of tokens see one object, and more than one of them learns to (arXiv 2207.13080, section 4.2, does so for queries).
+    of tokens see one object, and more than one of them learns to (arXiv 2207.13080 does so with queries).
 
     Shapes as in `detr.matcher`. Computed in float32 whatever the autocast state.
     """

@@ -85,16 +85,13 @@ def _time_steps(trainer: Trainer, budget: float) -> float:
 
 def _time_evaluation(trainer: Trainer, val: DataLoader, budget: float) -> float:
     """Seconds of an evaluation: of a batch, then of as many as there is time for, and in proportion."""
-    batches, seconds = 0, 0.0
-    more = min(1, len(val))
-    while more > batches:
-        batches = more
+
+    def seconds(batches: int) -> float:
         start = time.perf_counter()
         found, _ = detect(trainer.evaluated_model, itertools.islice(val, batches), trainer.device)
         coco_metrics(val.dataset.split, found)
-        seconds = (time.perf_counter() - start) * len(val) / batches
-        if batches > 1:
-            break
-        more = distributed.from_main(lambda seconds=seconds: int(len(val) * budget / max(seconds, 1e-9)))
-        more = min(more, len(val))
-    return seconds
+        return (time.perf_counter() - start) * len(val) / max(1, min(batches, len(val)))
+
+    whole = seconds(1)
+    more = distributed.from_main(lambda: int(len(val) * budget / max(whole, 1e-9)))
+    return seconds(more) if more > 1 else whole

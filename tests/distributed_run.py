@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from detr.config import preset
 from detr.data import find_split, load_split, validation_loader
 from detr.engine import train
 from detr.evaluate import detect
+from detr.pace import set_pace
 from detr.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -78,6 +80,11 @@ def main(data: Path, out: Path) -> None:
 
     val = validation_loader(val_split, CONFIG, CPU)
     found["images"] = sorted(detect(trainer.model, val, CPU)[0])
+
+    # the main process measures, here by a clock of its own
+    trainer = Trainer(CONFIG, train_split, CPU)
+    set_pace(trainer, val, 0.05, time.perf_counter() - rank)
+    found["pace"] = trainer.total_steps, trainer.config.steps, take(trainer, 1)
 
     # a fault of one process is known to both
     def unreadable(targets: list[dict]) -> None:

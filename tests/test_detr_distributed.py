@@ -102,6 +102,12 @@ def test_ranks_whose_batch_has_no_object(split, ranks):
     assert ranks[1]["no_objects"] == pytest.approx(take(trainer, 2, without_objects), rel=1e-5)
 
 
+def test_all_processes_take_the_steps_that_the_main_one_chose(split, ranks):
+    (steps, kept, losses), other = (rank["pace"] for rank in ranks)
+    assert steps == kept != CONFIG.steps and (steps, kept, losses) == tuple(other)
+    assert losses == pytest.approx(take(Trainer(CONFIG, split, CPU), 1), rel=1e-5)
+
+
 def test_each_image_is_evaluated_by_one_process(ranks):
     assert sorted(ranks[0]["images"] + ranks[1]["images"]) == [1, 2, 3, 4, 5]
 

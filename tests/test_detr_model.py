@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from detr.backbone import BatchNorm
 from detr.boxes import inverse_sigmoid
 from detr.config import PRESETS, preset
 from detr.losses import Criterion
@@ -282,6 +283,25 @@ def test_mixed_queries_have_a_content_of_their_own():
     assert not torch.equal(seen["pos"][0], seen["pos"][1])
     model(*make_batch((32, 32)))  # fewer tokens than queries: 16 + 4 + 1
     assert model.query_embed.weight.shape == (6, 32)
+
+
+def test_weights_of_a_norm_as_a_plain_dict():
+    source, target = (build_model(preset("tiny"), 3) for _ in range(2))
+    weights = dict(source.state_dict())
+    assert not any("num_batches_tracked" in name for name in weights)
+    target.load_state_dict(weights)
+    assert torch.equal(target.backbone.stem[1].running_var, source.backbone.stem[1].running_var)
+
+
+def test_a_norm_of_a_single_value():
+    norm = BatchNorm(4).train()
+    norm.running_mean += 1
+    x = torch.randn(1, 4, 1, 1)
+    torch.testing.assert_close(norm(x), (x - 1) / math.sqrt(1 + norm.eps))
+    assert (norm.running_mean == 1).all()
+    many = torch.randn(3, 4, 2, 2)
+    torch.testing.assert_close(norm(many), torch.nn.BatchNorm2d(4)(many))
+    torch.testing.assert_close(norm.running_mean, 0.97 + 0.03 * many.mean((0, 2, 3)))
 
 
 def test_statistics_of_a_frozen_backbone_stay():
