@@ -5,6 +5,7 @@ import contextlib
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that somebody put there
             stream.reconfigure(errors="backslashreplace")  # no name of a class or file stops a command
+    began = time.perf_counter()  # before the libraries are imported
     options = _parser().parse_args(arguments)
+    options.began = began
     shown, of_threads = warnings.showwarning, threading.excepthook
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     # the one of TensorBoard finds the disk full, for example

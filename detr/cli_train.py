@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import time
 import uuid
 import warnings
 from pathlib import Path
@@ -37,7 +36,6 @@ def run_training(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> int:
-    began = time.perf_counter()
     out = run_folder_of(options)
     path = out / "checkpoint.pt"
     main = distributed.is_main()
@@ -80,10 +78,13 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         report = _initialise(options, trainer)
         if main and not options.resume:
             held.enter_context(run_folder.hold(out, resume=False))
-        pace = set_pace(trainer, val, options.minutes, began) if options.minutes else None
-        if main:
-            if pace:
+        if options.minutes:
+            if main:
+                print(f"{options.minutes:g} minutes: trying some steps", flush=True)
+            pace = set_pace(trainer, val, options.minutes, options.began)
+            if main:
                 print(pace)
+        if main:
             if report:
                 print(report)
             _introduce(trainer, val.dataset.split, out)

@@ -12,9 +12,10 @@ from detr import distributed
 from detr.config import COUNT
 from detr.evaluate import coco_metrics, detect
 from detr.trainer import Trainer, TrainingError
+from detr.transforms import early
 
 _TRIAL = 0.04  # of the time is for trying steps, and as much for trying an evaluation
-_RESERVE = 0.04  # of the time is kept: a machine is not always equally fast
+_RESERVE = 0.06  # of the time is for pictures at the end, and for a machine that is not always equally fast
 _WARM_UP = 3  # steps that are not measured: what is made once is made in them
 _STEPS = 50  # enough to know their rate
 
@@ -34,6 +35,8 @@ def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) ->
     seconds = 60 * minutes
     before = copy.deepcopy(trainer.state())
     trainer.set_steps(COUNT)
+    # past the first passes over the images, whose augmentation takes less time
+    trainer.steps_done = -(-early(trainer.config)[1] * len(trainer.dataset) // trainer.config.batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is said again in the run
         of_step = _time_steps(trainer, _TRIAL * seconds)
