@@ -184,8 +184,9 @@ def test_a_detector_with_the_nodes_of_an_inference_engine(detectors, tmp_path, p
 
 
 @pytest.mark.long
-def test_a_detector_compiled_by_aotinductor_runs_without_this_package(detectors, tmp_path):
-    path, inputs, expected = detectors["smallest"]
+@pytest.mark.parametrize("name", ["smallest", "mixed"])
+def test_a_detector_compiled_by_aotinductor_runs_without_this_package(name, detectors, tmp_path):
+    path, inputs, expected = detectors[name]
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # unoptimised
         package = export(path, tmp_path / "model.pt2", "aoti")
     torch.save((inputs, expected), tmp_path / "data.pt")
