@@ -24,7 +24,7 @@ from detr.boxes import cxcywh_to_xyxy
 from detr.config import Config, preset
 from detr.data import CocoDataset, TrainingStream, find_split, load_split, make_loader, validation_loader
 from detr.evaluate import coco_metrics
-from detr.transforms import training_transform
+from detr.transforms import early, training_transform
 
 LR, MOMENTUM, DECAY = 0.02, 0.9, 1e-4
 WARMUP = 100
@@ -139,7 +139,7 @@ def main() -> None:
     evaluated(model, loader)
     of_evaluation = time.perf_counter() - start
     B = config.batch_size
-    stream = TrainingStream(dataset, options.seed, B, group=B)
+    stream = TrainingStream(dataset, options.seed, B, group=B, early=early(config))
     start, end = time.perf_counter(), 60 * options.minutes - of_evaluation
     step = 0
     for images, mask, targets in make_loader(stream, (range(i * B, (i + 1) * B) for i in range(10**6)), device):

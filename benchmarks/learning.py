@@ -80,7 +80,7 @@ def train(config: Config, folder: Path, minutes: float | None) -> dict[str, floa
     metrics, _ = coco_metrics(val, found)
     part = replace(split, images=split.images[:OF_TRAINING])
     seen, _ = detect(trainer.evaluated_model, validation_loader(part, config, device), device)
-    thresholds = torch.tensor([row["best_f1_threshold"] or 0.0 for row in metrics["per_class"].values()])
+    thresholds = torch.tensor([row["best_f1_threshold"] or torch.inf for row in metrics["per_class"].values()])
     return {
         "steps": trainer.steps_done,
         "seconds_per_step": of_steps / trainer.steps_done,

@@ -102,6 +102,9 @@ class Config:
     eos_weight: float = _in(0.1, 0, 10_000)  # weight of "no object" in the softmax loss
     # with two stages: how many proposals each object is matched to, in the loss of the first stage
     proposal_repeats: int = _in(1, 1, 100)
+    # with two stages: noised boxes of an image's objects that the decoder corrects beside its queries, while training:
+    # as many of each object as come to this number, but one at least; 0 has none (arXiv 2203.01305)
+    denoising: int = _in(0, 0, 10_000)
 
     # data
     # pixels; the shortest side at evaluation, and if augment is not "official" the resize target
@@ -240,6 +243,7 @@ _TINY = Config(
     query_selection="mixed",
     proposal_nms=0.5,
     proposal_repeats=6,
+    denoising=24,
     class_loss="varifocal",
     loss_ce=3.0,
     image_size=160,

@@ -21,7 +21,7 @@ from detr.errors import DataError
 from detr.images import DEFAULT_READING, Reading, read_image, to_tensor
 from detr.progress import progress
 from detr.split import LARGEST_AREA, Annotated, Split
-from detr.transforms import evaluation_transform, resize, resized_size
+from detr.transforms import evaluation_transform, noised, resize, resized_size
 
 # (json, image folder) of COCO 2017's layout and of the flat one
 LAYOUTS = (
@@ -237,6 +237,7 @@ class TrainingStream(Dataset):
         batch: images that a process takes at a time. rank, world: with several processes each one has a stream of its
             own, batch after batch dealt out to them in turn: together they see what one process would.
         early: the transform of the first passes over the images, and how many these are.
+        denoising: if not 0, "noised" in a target has boxes near its objects, see `detr.transforms.noised`.
         group: if not 1, so many samples after each other are all wide or all tall, the last ones of an epoch apart: an
             image is padded to the size of a batch, and upright ones beside lying ones to almost twice their own.
     """
@@ -250,9 +251,10 @@ class TrainingStream(Dataset):
         world: int = 1,
         group: int = 1,
         early: tuple[Callable | None, int] = (None, 0),
+        denoising: int = 0,
     ) -> None:
         self.dataset = dataset
-        self.seed = seed
+        self.seed, self.denoising = seed, denoising
         self.batch, self.rank, self.world, self.group, self.early = batch, rank, world, group, early
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
@@ -283,6 +285,8 @@ class TrainingStream(Dataset):
                 index = int(self._order[(position + shift) % len(self.dataset)])
                 transform, passes = self.early
                 image, target = self.dataset.item(index, transform) if self._epoch < passes else self.dataset[index]
+                if self.denoising:
+                    target["noised"] = noised(target["boxes"], self.denoising)
             except DataError as error:
                 unreadable.append(str(error))
             else:

@@ -61,12 +61,13 @@ class Criterion:
         Args:
             outputs: of the model.
             targets: a dict for each image, on the same device: labels [T] int64 in 0 .. K - 1, and boxes [T, 4] as
-                (cx, cy, w, h) in [0, 1]; T may be 0.
+                (cx, cy, w, h) in [0, 1]; T may be 0. "noised" too if the model was given `noised_boxes` of them.
             counts: divides the sums over boxes, and for softmax those over queries. None takes `counts` of this batch;
                 where gradients are added up over batches or averaged over processes, give the sum or mean of theirs.
         Returns:
             The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
-            _0, _1, ... those of the layers before and with _enc those of the proposals.
+            _0, _1, ... those of the layers before, with _enc those of the proposals, and with _dn those of noised
+            boxes, over all layers.
         """
         if counts is None:
             counts = at_least_one(self.counts(targets, outputs["boxes"].shape[1]))
@@ -89,10 +90,12 @@ class Criterion:
                 self._terms(*found, wanted.labels, wanted.boxes, match, divisors)
                 for (found, wanted, divisors), match in zip(groups, matches, strict=True)
             ]
-        terms = torch.cat(terms, 1)  # [3, R of all groups]
-        values = terms.detach().flatten().unbind()
-        names = [name + suffix for name in NAMES for suffix in suffixes]
-        return terms.sum(), dict(zip(names, values, strict=True))
+            terms = torch.cat(terms, 1).flatten()  # [3 * R of all groups]
+            names = [name + suffix for name in NAMES for suffix in suffixes]
+            if "denoised" in outputs:
+                terms = torch.cat([terms, self._denoising_terms(outputs["denoised"], targets, counts)])
+                names += ["loss_bbox_dn", "loss_giou_dn"]
+        return terms.sum(), dict(zip(names, terms.detach().unbind(), strict=True))
 
     def _terms(
         self,
@@ -110,7 +113,7 @@ class Criterion:
         classes = labels.new_full(logits.shape[:3], self.num_classes)
         classes[r, match.image, match.query] = labels[match.image, match.target]
         predicted, wanted = boxes[r, match.image, match.query].float(), target_boxes[match.image, match.target]
-        iou, giou = iou_and_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        iou, of_boxes = self._box_terms(predicted, wanted, counts)
         if self.config.class_loss == "softmax":
             weight = logits.new_ones(self.num_classes + 1)
             weight[-1] = self.config.eos_weight
@@ -125,10 +128,35 @@ class Criterion:
             else:
                 loss_ce = sigmoid_focal_loss(logits.float(), one_hot, self.config.focal_alpha, gamma=2)
             loss_ce = loss_ce.flatten(1).sum(1) / counts[0]
-        loss_bbox = (predicted - wanted).abs().sum((1, 2)) / counts[0]
-        loss_giou = (1 - giou).sum(1) / counts[0]
-        config = self.config
-        return torch.stack([config.loss_ce * loss_ce, config.loss_bbox * loss_bbox, config.loss_giou * loss_giou])
+        return torch.cat([self.config.loss_ce * loss_ce[None], of_boxes])
+
+    def _box_terms(
+        self, predicted: Tensor, wanted: Tensor, counts: Tensor, weight: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """IoU [R, n] of boxes [R, n, 4] to those wanted, and weighted loss_bbox and loss_giou [2, R]."""
+        iou, giou = iou_and_generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        loss_bbox = (weight * (predicted - wanted).abs().sum(2)).sum(1) / counts[0]
+        loss_giou = (weight * (1 - giou)).sum(1) / counts[0]
+        return iou, torch.stack([self.config.loss_bbox * loss_bbox, self.config.loss_giou * loss_giou])
+
+    def _denoising_terms(self, boxes: Tensor, targets: list[dict], counts: Tensor) -> Tensor:
+        """Weighted loss_bbox and loss_giou [2], sums over R layers, of what became of noised boxes, [R, B, D, 4].
+
+        Each belongs to the object that it was made from. All copies of an object together weigh as much as a query.
+        """
+        copies = [len(target["noised"]) // max(1, len(target["boxes"])) for target in targets]
+        wanted = [target["boxes"].float().repeat(n, 1) for target, n in zip(targets, copies, strict=True)]
+        weight = [each.new_full(each.shape[:1], 1 / max(1, n)) for each, n in zip(wanted, copies, strict=True)]
+        predicted = [boxes[:, b, : len(each)] for b, each in enumerate(wanted)]
+        predicted, wanted, weight = torch.cat(predicted, 1).float(), torch.cat(wanted)[None], torch.cat(weight)
+        return self._box_terms(predicted, wanted, counts, weight)[1].sum(1)
+
+
+def noised_boxes(targets: list[dict]) -> tuple[Tensor, ...]:
+    """What the model takes as `noised`, [B, D, 4]: of all targets, padded; nothing if they have none."""
+    if "noised" not in targets[0]:
+        return ()
+    return (pad_sequence([target["noised"] for target in targets], batch_first=True, padding_value=0.5),)
 
 
 def at_least_one(counts: Tensor) -> Tensor:

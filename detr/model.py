@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from detr.backbone import build_backbone
 from detr.config import Config
-from detr.transformer import Transformer, in_float32
+from detr.transformer import Transformer, in_float32, unseen_by_each_other
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # a class score starts at 0.01 (focal loss, arXiv 1708.02002, section 3.3)
 
@@ -72,27 +72,39 @@ class DeformableDETR(nn.Module):
             # boxes start with sides of sigmoid(-2) = 0.12; proposals have sizes of their own
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
 
-    def forward(self, images: Tensor, mask: Tensor) -> dict:
+    def forward(self, images: Tensor, mask: Tensor, noised: Tensor | None = None) -> dict:
         """Detect objects.
 
         Args:
             images: [B, 3, H, W], normalised, padded with zeros at the bottom and the right.
             mask: [B, H, W] bool, True on padding.
+            noised: [B, D, 4] (cx, cy, w, h), boxes that the decoder of a model with two stages also corrects, each by
+                itself.
         Returns:
             logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the unpadded image, both float32; aux, a
             list of dicts with these two for all decoder layers but the last (empty without `config.aux_loss`);
-            proposals, such a dict with one box for each token, if the model has two stages; and softmax, True if logits
-            have a column K for "no object". N is n_queries, or for two stages the number of tokens if that is less.
+            proposals, such a dict with one box for each token, if the model has two stages; denoised, what became of
+            `noised` in each of R decoder layers, [R, B, D, 4]; and softmax, True if logits have a column K for "no
+            object". N is n_queries, or for two stages the number of tokens if that is less.
         """
         memory = self.transformer.encode(self._pyramid(images), mask)
-        outputs = {"softmax": self.config.class_loss == "softmax"}
+        outputs, unseen = {"softmax": self.config.class_loss == "softmax"}, None
         if self.config.two_stage:
             outputs["proposals"], boxes = self.transformer.propose(memory, self.class_embed[-1], self.bbox_embed[-1])
             content = self.query_embed.weight if self.config.query_selection == "mixed" else None
             queries = self.transformer.proposed_queries(boxes, content)
+            N = boxes.shape[1]
+            if noised is not None:
+                # their content is that of the best proposal
+                more = self.transformer.proposed_queries(noised, None if content is None else content[:1])
+                queries = [torch.cat(pair, 1) for pair in zip(queries, more, strict=True)]
+                unseen = unseen_by_each_other(N, noised.shape[1], images.device)
         else:
             queries = self.transformer.learned_queries(self.query_embed.weight, images.shape[0])
-        hidden, boxes = self.transformer.decoder(*queries, memory, self.bbox_embed)
+        hidden, boxes = self.transformer.decoder(*queries, memory, self.bbox_embed, unseen)
+        if unseen is not None:
+            outputs["denoised"] = torch.stack([box[:, N:] for box in boxes])
+            hidden, boxes = ([x[:, :N] for x in each] for each in (hidden, boxes))
         first = 0 if self.config.aux_loss else len(hidden) - 1
         predictions = [
             {"logits": in_float32(self.class_embed[l], hidden[l]), "boxes": boxes[l]} for l in range(first, len(hidden))

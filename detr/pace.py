@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 import warnings
 from pathlib import Path
@@ -40,7 +41,10 @@ def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) ->
     trainer.steps_done = -(-early(trainer.config)[1] * len(trainer.dataset) // trainer.config.batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is said again in the run
-        of_step = _time_steps(trainer, _TRIAL * seconds)
+        try:
+            of_step = _time_steps(trainer, _TRIAL * seconds)
+        except TrainingError as error:  # it names a step of the trial
+            raise TrainingError(f"minutes: while steps were tried: {error}") from None
         of_evaluation = _time_evaluation(trainer, val, _TRIAL * seconds)
     trainer.load_state(before, Path("the start"))
     left = seconds * (1 - _RESERVE) - (time.perf_counter() - began)
@@ -48,8 +52,12 @@ def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) ->
     steps, of_step, of_evaluation, left = distributed.from_main(lambda: (steps, of_step, of_evaluation, left))
     rates = f"a step takes {of_step:.3g} s and an evaluation {of_evaluation:.3g} s"
     if not steps:
-        least = (seconds * (1 - _RESERVE) - left + of_step + of_evaluation) / (1 - _RESERVE) / 60
-        raise TrainingError(f"minutes: {rates}: expected at least {least:.2g}, got {minutes:g}")
+        # with more minutes the trial is longer
+        least = (seconds * (1 - _RESERVE) - left + of_step + of_evaluation) / (1 - _RESERVE - 2 * _TRIAL) / 60
+        digit = 10.0 ** (math.floor(math.log10(least)) - 1)  # the second one
+        raise TrainingError(
+            f"minutes: {rates}: expected at least {math.ceil(least / digit) * digit:.2g}, got {minutes:g}"
+        )
     trainer.set_steps(steps)
     return f"{minutes:g} minutes: {rates}: {steps} steps (--steps {steps} repeats this run)"
 
@@ -70,6 +78,8 @@ def evaluations_within(trainer: Trainer, steps: int) -> int:
     if config.eval_steps:
         return -(-steps // config.eval_steps)
     every = config.eval_every * len(trainer.dataset)
+    if config.batch_size >= every:  # after each step
+        return steps
     passed, before = (n * config.batch_size // every for n in (steps, steps - 1))
     return passed + (passed == before)
 

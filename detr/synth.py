@@ -97,7 +97,7 @@ def draw_large(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[li
     for k in range(1 + int(rng.choice(3, p=(0.85, 0.1, 0.05)))):
         parts = _placed_animal(rng, size)
         coat, patches = _muted(rng, size), _muted(rng, size)
-        patched, shade = np.zeros((2, 1 + len(parts)))
+        patched, shade = np.zeros((2, 1 + len(parts)), np.float32)
         for i in range(len(parts)):  # each a little lighter or darker, so that its outline is seen
             patched[1 + i], shade[1 + i] = rng.random() < 0.3, rng.uniform(-25, 25)
         part = _parts(parts, size)

@@ -20,12 +20,13 @@ from detr.config import Config
 from detr.data import CocoDataset, Split, TrainingStream, make_loader, seed_of
 from detr.errors import DataError, UserError
 from detr.export import find_compiler
-from detr.losses import Criterion, at_least_one
+from detr.losses import Criterion, at_least_one, noised_boxes
 from detr.model import build_model, param_groups
 from detr.transforms import early, training_transform
 from msda_triton import ms_deform_attn
 
 _MOST_PASSES = 100  # over the training images in one step: more is a slip, and may take hours
+_WANTED = ("labels", "boxes", "noised")  # of a target, for the loss
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batch = tuple[Tensor, Tensor, list[dict[str, Any]]]  # of detr.data.collate
@@ -144,7 +145,8 @@ class Trainer:
         first, end = (steps * self.accumulate for steps in (self.steps_done, self.total_steps))
         indices = (range(b * size, (b + 1) * size) for b in range(first, end))
         group = self.config.batch_size if self.config.shape_groups else 1
-        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world, group, early(self.config))
+        passes, noise = early(self.config), self.config.denoising * self.config.two_stage
+        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world, group, passes, noise)
         loader = iter(make_loader(stream, indices, self.device, self.workers))
         while True:
             try:
@@ -177,7 +179,7 @@ class Trainer:
         # dropout too is a function of seed and step
         torch.manual_seed(seed_of(self.config.seed, 2, self.steps_done, self.rank))
         wanted = [
-            [{name: target[name].to(self.device) for name in ("labels", "boxes")} for target in targets]
+            [{name: target[name].to(self.device) for name in _WANTED if name in target} for target in targets]
             for _, _, targets in batches
         ]
         counts = sum(self.criterion.counts(targets, self.config.n_queries) for targets in wanted).to(self.device)
@@ -189,8 +191,9 @@ class Trainer:
         for i, ((images, mask, _), targets) in enumerate(zip(batches, wanted, strict=True)):
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.replica.no_sync():
+                inputs = images.to(self.device, non_blocking=True), mask.to(self.device), *noised_boxes(targets)
                 with self._autocast():
-                    outputs = self.replica(images.to(self.device, non_blocking=True), mask.to(self.device))
+                    outputs = self.replica(*inputs)
                 total, terms = self.criterion(outputs, targets, counts)
                 self.scaler.scale(total).backward()
             losses.append(torch.stack([total.detach(), *terms.values()]))

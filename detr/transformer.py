@@ -128,10 +128,21 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, target: Tensor, query_pos: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
-        """The new queries [B, Q, C], from the old ones, their position encoding [B, Q, C] and their reference."""
+    def forward(
+        self,
+        target: Tensor,
+        query_pos: Tensor,
+        reference: Tensor | None,
+        memory: Memory,
+        unseen: Tensor | None = None,
+    ) -> Tensor:
+        """The new queries [B, Q, C], from the old ones, their position encoding [B, Q, C] and their reference.
+
+        Args:
+            unseen: [Q, Q] bool, True where a query does not attend to another.
+        """
         query = target + query_pos
-        update = self.self_attn(query, query, target, need_weights=False)[0]
+        update = self.self_attn(query, query, target, attn_mask=unseen, need_weights=False)[0]
         target = self.norm2(target + self.dropout(update))
         update = _attend(self.cross_attn, target + query_pos, reference, memory)
         x = self.norm1(target + self.dropout(update))
@@ -146,16 +157,22 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.d_model) if config.attention == "global" else nn.Identity()
 
     def forward(
-        self, target: Tensor, query_pos: Tensor, reference: Tensor | None, memory: Memory, bbox_heads: nn.ModuleList
+        self,
+        target: Tensor,
+        query_pos: Tensor,
+        reference: Tensor | None,
+        memory: Memory,
+        bbox_heads: nn.ModuleList,
+        unseen: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Queries [B, Q, C] and boxes [B, Q, 4] (cx, cy, w, h) after each layer.
+        """Queries [B, Q, C] and boxes [B, Q, 4] (cx, cy, w, h) after each layer; `unseen` as in `DecoderLayer`.
 
         A layer's box is what its head adds to the reference, before the sigmoid. With refinement it becomes the next
         layer's reference, without a gradient (section 4.2, "iterative bounding box refinement").
         """
         hidden, boxes = [], []
         for layer, bbox_head in zip(self.layers, bbox_heads, strict=False):  # the first stage's head is one more
-            target = _run(layer, self.recompute, target, query_pos, reference, memory)
+            target = _run(layer, self.recompute, target, query_pos, reference, memory, unseen)
             hidden.append(self.norm(target))
             logit = in_float32(bbox_head, hidden[-1])
             if reference is not None:
@@ -256,7 +273,7 @@ class Transformer(nn.Module):
         """The boxes [B, Q, 4] that queries start from, of all [B, S, 4] and their scores [B, S], best first.
 
         With `config.proposal_nms` the best of what overlaps comes before the rest of it: a large object has hundreds of
-        tokens, which all propose it.
+        tokens, which all propose it. Padding, whose score is -inf, comes after that rest.
         """
         count = min(self.config.n_queries, score.shape[1])
         thinned = self.config.proposal_nms < 1
@@ -264,7 +281,7 @@ class Transformer(nn.Module):
         boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
         if not thinned:
             return boxes
-        last = suppressed(cxcywh_to_xyxy(boxes), self.config.proposal_nms)
+        last = suppressed(cxcywh_to_xyxy(boxes), self.config.proposal_nms) | (score.gather(1, best) == -torch.inf)
         order = torch.arange(best.shape[1], device=best.device) + best.shape[1] * last
         order = order.topk(count, dim=1, largest=False).indices
         return boxes.gather(1, order[..., None].expand(-1, -1, 4))
@@ -280,6 +297,13 @@ class Transformer(nn.Module):
         if content is not None:
             target = content[: boxes.shape[1]].expand_as(target)
         return target, query_pos, boxes
+
+
+def unseen_by_each_other(queries: int, alone: int, device: torch.device) -> Tensor:
+    """For `DecoderLayer`: the first `queries` see each other, each of the `alone` after them itself only."""
+    index = torch.arange(queries + alone, device=device)
+    late = index >= queries
+    return (late[:, None] | late) & (index[:, None] != index)
 
 
 def _pixel_centres(H: int, W: int, valid: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def test_a_norm_of_a_single_value():
 
 def test_statistics_of_a_frozen_backbone_stay():
     for rate, moves in ((0.0, False), (1e-3, True)):
-        model = build_model(preset("tiny", backbone="small", lr_backbone=rate), 3).train()
+        model = build_model(preset("tiny", backbone="small", lr_backbone=rate), 3)  # as a Trainer takes it
         norm = model.backbone.stem[1]
         before = norm.running_mean.clone()
         model(torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import coco_files
@@ -15,6 +16,7 @@ from detr import transforms
 from detr.config import preset
 from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, load_split, make_loader
 from detr.synth import write_dataset
+from detr.trainer import Trainer
 from detr.transforms import MEAN, STD, RandomWindow, Transform, evaluation_transform, training_transform
 
 CPU = torch.device("cpu")
@@ -205,10 +207,11 @@ def test_a_window_keeps_boxes_on_their_objects():
 
 @pytest.mark.parametrize(
     ("box", "stays"),
-    [([0.0, 0.0, 40.0, 60.0], False), ([0.0, 0.0, 120.0, 60.0], True), ([60.0, 0.0, 90.0, 60.0], True)],
-)
+    [([0.0, 0.0, 40.0, 60.0], False), ([0.0, 0.0, 82.5, 60.0], False), ([0.0, 0.0, 97.0, 60.0], True),
+     ([0.0, 0.0, 120.0, 60.0], True), ([60.0, 0.0, 90.0, 60.0], True)],
+)  # fmt: skip
 def test_a_box_stays_if_enough_of_it_is_seen(box, stays, monkeypatch):
-    # the window is the right two thirds: of 40 columns none is seen, of 120 more than half
+    # the window is the right two thirds: of 40 columns none is seen, of 82.5 a fifth, of 97 32 %, of 120 45 %
     draws = iter([math.log(2 / 3), 0.0, 0.0, 66.0])
     monkeypatch.setattr(RandomWindow, "_draw", staticmethod(lambda low, high: next(draws)))
     given = tv_tensors.BoundingBoxes([box], format="XYXY", canvas_size=(90, 200))
@@ -265,6 +268,35 @@ def test_the_first_passes_have_a_transform_of_their_own(synthetic):
         assert torch.equal(found, expected) or torch.equal(found, expected.flip(2))
 
 
+def test_half_of_the_images_are_seen_through_a_window(synthetic):
+    image = torch.randint(0, 256, (3, 24, 32), dtype=torch.uint8)
+    nothing = torch.zeros(0, 4), torch.zeros(0).long()
+    plain = evaluation_transform()(image, *nothing)[0]
+    transform, kinds = training_transform(preset("tiny")), Counter()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        found = transform(image, *nothing)[0]
+        known = {"as it is": plain, "flip": plain.flip(2)}
+        kinds[next((name for name, image in known.items() if torch.equal(found, image)), "window")] += 1
+    assert abs(kinds["window"] - 100) < 35 and min(kinds["flip"], kinds["as it is"]) > 25
+
+
+def test_a_trainer_asks_for_early_passes_and_groups(synthetic):
+    config = preset("tiny", image_size=32, max_size=64, batch_size=4, steps=80)
+    trainer = Trainer(config, synthetic, CPU)
+    images = len(trainer.dataset)
+    marks = []
+    trainer.dataset.transform = lambda *sample: (marks.append(1), evaluation_transform()(*sample))[1]
+    # as if every second one were tall
+    trainer.dataset.sizes = lambda indices: [(40, 30) if i % 2 else (30, 40) for i in indices]
+    of_one_shape = 0
+    for step, [(_, _, targets)] in enumerate(trainer.batches()):
+        assert len(marks) == max(0, 4 * (step + 1) - 8 * images)
+        of_one_shape += len({target["image_id"] % 2 for target in targets}) == 1
+    # by chance it would be one batch in twenty; those that two epochs share are mixed
+    assert step == 79 and of_one_shape > 40
+
+
 def test_groups_of_one_shape():
     class Sizes:
         shapes = tuple((30, 20) if i % 3 == 0 else (20, 30) for i in range(50))
@@ -288,6 +320,9 @@ def test_groups_of_one_shape():
     assert sum(mixed) <= 2 * 8
     tall = [dataset.shapes[batch[0]] == (30, 20) for batch, m in zip(batches, mixed, strict=True) if not m]
     assert 8 <= sum(tall) < len(tall) and tall != sorted(tall) and order[:50] != order[50:100]
+    # nor do all tall ones come first or last in every epoch
+    epochs = [[dataset.shapes[i] == (30, 20) for i in order[e : e + 48 : 8]] for e in range(0, 400, 50)]
+    assert not all(shapes in (sorted(shapes), sorted(shapes, reverse=True)) for shapes in epochs)
     # whatever the number of processes, and from any start
     two = [TrainingStream(dataset, 3, batch=4, rank=rank, world=2, group=8) for rank in range(2)]
     assert [two[b % 2][b // 2 * 4 + i][0] for b in range(100) for i in range(4)] == order

@@ -267,6 +267,14 @@ def test_the_best_proposals_are_thinned_and_filled_up():
     # of the three that overlap the best one, then the other, then the rest of them, best first
     assert best(3, 0.7) == [[0, 2, 1], [0, 1, 2]]
     assert best(4, 0.7) == [[0, 2, 1, 3], [0, 1, 2, 3]]
+    # padding overlaps nothing, and comes last all the same
+    score[0, 2] = -torch.inf
+    assert best(4, 0.7)[0] == [0, 1, 3, 2] and best(2, 0.7)[0] == [0, 1]
+    # four candidates for each query: what stands behind seven equal boxes is still found
+    boxes = torch.cat([boxes[:1, :1].expand(-1, 7, -1), boxes[:1, 2:3]], 1).expand(2, -1, -1)
+    score = torch.arange(8.0, 0.0, -1).expand(2, -1)
+    transformer = Transformer(preset("tiny", n_queries=2, proposal_nms=0.7))
+    assert torch.equal(transformer._best(boxes, score), boxes[:, [0, 7]])
 
 
 def test_mixed_queries_have_a_content_of_their_own():

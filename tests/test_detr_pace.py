@@ -36,8 +36,9 @@ def splits(data):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"eval_steps": 7}, {"eval_steps": None, "eval_every": 1}, {"eval_steps": None, "eval_every": 3, "batch_size": 30}],
-)
+    [{"eval_steps": 7}, {"eval_steps": None, "eval_every": 1}, {"eval_steps": None, "eval_every": 3, "batch_size": 30},
+     {"eval_steps": None, "eval_every": 1, "batch_size": 30}, {"eval_steps": None, "eval_every": 2, "batch_size": 22}],
+)  # fmt: skip
 def test_evaluations_are_those_that_a_run_has(fields):
     config = replace(CONFIG, **fields)
     for steps in range(1, 60):
@@ -78,6 +79,56 @@ def test_a_run_of_the_chosen_steps_is_the_same_bit_for_bit(splits):
     moments = [each.state()["optimizer"]["state"] for each in (trainer, repeated)]
     assert moments[0]
     torch.testing.assert_close(*moments, rtol=0, atol=0)
+
+
+class Clock:
+    """In place of `time`: it goes on by what the trial does. The first steps and the first batch take longer."""
+
+    def __init__(self, monkeypatch, of_step=1.0, of_first_steps=1.0, of_batch=1.0, of_first_batch=1.0):
+        self.now, self.started_at = 0.0, None
+        step, taken = Trainer.step, []
+
+        def timed_step(trainer, *args):
+            self.started_at = trainer.steps_done if self.started_at is None else self.started_at
+            self.now += of_first_steps if len(taken) < 3 else of_step
+            taken.append(1)
+            return step(trainer, *args)
+
+        def timed_detect(model, batches, device):
+            for i, _ in enumerate(batches):
+                self.now += of_first_batch if i == 0 else of_batch
+            return None, None
+
+        monkeypatch.setattr(Trainer, "step", timed_step)
+        monkeypatch.setattr("detr.pace.detect", timed_detect)
+        monkeypatch.setattr("detr.pace.coco_metrics", lambda *_: None)
+        monkeypatch.setattr("detr.pace.time", self)
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_what_is_measured(splits, monkeypatch):
+    trainer, val = Trainer(CONFIG, splits[0], CPU), validation_loader(splits[1], CONFIG, CPU)
+    assert len(val) == 2
+    clock = Clock(monkeypatch, of_first_steps=3.0, of_batch=2.0, of_first_batch=4.0)
+    said = set_pace(trainer, val, 5, began=-30.0)
+    # past the eight passes over 7 images in steps of 2; the first three steps are left out
+    assert clock.started_at == 28 and "a step takes 1 s and an evaluation 6 s" in said
+    # 300 s less 16 %, 30 s before it began, three steps and four more, and evaluations of 4 and of 6 s
+    steps = trainer.total_steps
+    assert f": {steps} steps (" in said and steps == most_steps(trainer, 252 - 30 - 13 - 10, 1, 6)
+
+
+@pytest.mark.parametrize(("of_step", "of_batch", "minutes"), [(1.15, 1, 0.01), (2, 1, 0.1), (1, 60, 0.01), (1, 5, 0.3)])
+def test_the_least_minutes_are_enough(splits, monkeypatch, of_step, of_batch, minutes):
+    trainer, val = Trainer(CONFIG, splits[0], CPU), validation_loader(splits[1], CONFIG, CPU)
+    clock = Clock(monkeypatch, of_step, of_step, of_batch, of_batch)
+    with pytest.raises(TrainingError, match="expected at least") as error:
+        set_pace(trainer, val, minutes, began=clock.now)
+    least = float(str(error.value).partition("expected at least ")[2].partition(",")[0])
+    assert minutes < least < 4 * (6 * of_step + 3 * of_batch) / 60
+    assert "steps" in set_pace(trainer, val, least, began=clock.now) and trainer.total_steps >= 1
 
 
 def test_the_command_ends_in_time_and_keeps_the_steps(data, tmp_path, capsys, monkeypatch):
