@@ -2,7 +2,8 @@
 
     python -m benchmarks.learning --data runs/large --steps 1000 --seeds 0 1 2 --threads 1 proposal_nms=1.0
 
-A row of `results/learning.csv` for each seed; docs/learning.md has the tables. Fields are those of `detr.Config`.
+A row of `results/learning.csv` for each seed; docs/learning.md has the tables. Fields are those of `detr.Config`, and
+`block`: batch-relu, group-silu or group-relu in place of what the small backbone is made of, batch-silu.
 """
 
 import argparse
@@ -10,13 +11,16 @@ import csv
 import json
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
+from detr import backbone
 from detr.config import Config, preset
 from detr.data import find_split, load_split, validation_loader
 from detr.evaluate import coco_metrics, detect
@@ -61,6 +65,18 @@ def suppressed(detections: Detections) -> Detections:
         best = batched_nms(found["boxes"], found["scores"], found["labels"], SUPPRESSED)
         kept[image_id] = {name: values[best] for name, values in found.items()}
     return kept
+
+
+def block(kind: str) -> Callable[..., list[nn.Module]]:
+    """What makes a convolution of the small backbone, with its norm and its activation by name."""
+    norm, activation = kind.split("-")
+    norms = {"batch": backbone.BatchNorm, "group": partial(nn.GroupNorm, 8)}
+    activations = {"silu": nn.SiLU, "relu": nn.ReLU}
+
+    def layers(before: int, after: int, stride: int = 1) -> list[nn.Module]:
+        return [backbone._conv(before, after, stride), norms[norm](after), activations[activation](inplace=True)]
+
+    return layers
 
 
 def train(config: Config, folder: Path, minutes: float | None) -> dict[str, float]:
@@ -112,6 +128,9 @@ def main() -> None:
     changes = {}
     for text in options.changes:
         field, _, value = text.partition("=")
+        if field == "block":
+            backbone._small = block(value)
+            continue
         try:
             changes[field] = json.loads(value)
         except ValueError:

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import faster_rcnn, learning
+from detr.backbone import BatchNorm
 from detr.config import preset
 from detr.synth import write_dataset
 
@@ -66,6 +68,12 @@ def test_the_peer_is_built(body):
         images, [{"boxes": boxes, "labels": torch.tensor([2])}, {"boxes": boxes[:0], "labels": torch.zeros(0).long()}]
     )
     assert len(losses) == 4 and all(loss.isfinite() for loss in losses.values())
+
+
+def test_blocks():
+    for kind, norm, activation in (("batch-relu", BatchNorm, nn.ReLU), ("group-silu", nn.GroupNorm, nn.SiLU)):
+        convolution, *rest = learning.block(kind)(3, 16, 2)
+        assert [type(layer) for layer in rest] == [norm, activation] and convolution.stride == (2, 2)
 
 
 def test_both_run(tmp_path, monkeypatch, capsys):
