@@ -243,7 +243,7 @@ def describe(content: dict[str, Any], model: DeformableDETR) -> str:
 
 
 # fields that files may lack which were written before there were any; their defaults are what was then
-_ADDED = ("query_selection", "proposal_nms", "proposal_repeats", "denoising", "shape_groups")
+_ADDED = ("query_selection", "proposal_nms", "denoising", "shape_groups")
 
 
 def config_of(content: dict[str, Any], path: Path) -> Config:

@@ -100,8 +100,6 @@ class Config:
     loss_giou: float = _in(2.0, 0, 10_000)
     focal_alpha: float = _in(0.25, 0, 1)  # weight of the positives in the focal loss
     eos_weight: float = _in(0.1, 0, 10_000)  # weight of "no object" in the softmax loss
-    # with two stages: how many proposals each object is matched to, in the loss of the first stage
-    proposal_repeats: int = _in(1, 1, 100)
     # with two stages: noised boxes of an image's objects that the decoder corrects beside its queries, while training:
     # as many of each object as come to this number, but one at least; 0 has none (arXiv 2203.01305)
     denoising: int = _in(0, 0, 10_000)
@@ -241,8 +239,7 @@ _TINY = Config(
     refine=True,
     two_stage=True,
     query_selection="mixed",
-    proposal_nms=0.5,
-    proposal_repeats=6,
+    proposal_nms=0.4,
     denoising=24,
     class_loss="varifocal",
     loss_ce=3.0,

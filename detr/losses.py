@@ -14,27 +14,8 @@ NAMES = ("loss_ce", "loss_bbox", "loss_giou")
 VARIFOCAL_ALPHA = 0.75  # weight of the negatives (arXiv 2008.13367, section 3.2)
 
 
-class _Objects:
-    """The objects of a batch, padded to the image with the most: labels [B, T] and boxes [B, T, 4].
-
-    Args:
-        repeats: each object is there so many times. one_class: all labels are 0, as for the first stage.
-    """
-
-    def __init__(self, targets: list[dict], repeats: int = 1, one_class: bool = False):
-        self.sizes = [repeats * len(target["labels"]) for target in targets]
-        labels = [target["labels"].repeat(repeats) for target in targets]
-        self.labels = pad_sequence(labels, batch_first=True) * (not one_class)
-        # padding never matches; boxes of ones keep its costs finite
-        boxes = [target["boxes"].float().repeat(repeats, 1) for target in targets]
-        self.boxes = pad_sequence(boxes, batch_first=True, padding_value=1.0)
-
-
 class Criterion:
     """Loss of a model's outputs. Every decoder layer, and the first stage, is matched to the objects on its own.
-
-    The first stage is matched to each object `config.proposal_repeats` times, and its loss divided by as much: hundreds
-    of tokens see one object, and more than one of them learns to (arXiv 2207.13080 does so with queries).
 
     Shapes as in `detr.matcher`. Computed in float32 whatever the autocast state.
     """
@@ -72,23 +53,25 @@ class Criterion:
         if counts is None:
             counts = at_least_one(self.counts(targets, outputs["boxes"].shape[1]))
         counts = counts.to(outputs["boxes"].device)
+        sizes = [len(target["labels"]) for target in targets]
+        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
+        # padding never matches; boxes of ones keep its costs finite
+        boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True, padding_value=1.0)
+
         layers = [*outputs["aux"], outputs]
         suffixes = [f"_{l}" for l in range(len(layers) - 1)] + [""]
-        groups = [(_stack(layers), _Objects(targets), counts)]
+        groups = [(_stack(layers), labels)]
         if "proposals" in outputs:
             suffixes.append("_enc")
-            repeats = self.config.proposal_repeats
-            groups.append(
-                (_stack([outputs["proposals"]]), _Objects(targets, repeats, one_class=True), counts * repeats)
-            )
+            groups.append((_stack([outputs["proposals"]]), torch.zeros_like(labels)))  # the first stage has one class
 
         with torch.autocast(outputs["boxes"].device.type, enabled=False):
             with torch.no_grad():
-                costs = [matching_cost(*found, wanted.labels, wanted.boxes, self.config) for found, wanted, _ in groups]
-            matches = self.matcher(costs, [wanted.sizes for _, wanted, _ in groups])
+                costs = [matching_cost(*prediction, labels, boxes, self.config) for prediction, labels in groups]
+            matches = self.matcher(costs, sizes)
             terms = [
-                self._terms(*found, wanted.labels, wanted.boxes, match, divisors)
-                for (found, wanted, divisors), match in zip(groups, matches, strict=True)
+                self._terms(*prediction, labels, boxes, match, counts)
+                for (prediction, labels), match in zip(groups, matches, strict=True)
             ]
             terms = torch.cat(terms, 1).flatten()  # [3 * R of all groups]
             names = [name + suffix for name in NAMES for suffix in suffixes]

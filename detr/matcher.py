@@ -57,17 +57,13 @@ class Matcher:
     def __init__(self) -> None:
         self.nonfinite = 0
 
-    def __call__(self, costs: list[Tensor], sizes: list[list[int]]) -> list[Match]:
-        """Match each of `costs`, [R, B, N, T] with any R, N and T.
-
-        Args:
-            sizes: for each of the costs and each image its number of objects; what follows them is padding.
-        """
+    def __call__(self, costs: list[Tensor], sizes: list[int]) -> list[Match]:
+        """Match each of `costs`, [R, B, N, T] with any R and N; only the first `sizes[b]` objects of image b exist."""
         flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
         ends = np.cumsum([cost.numel() for cost in costs])
         arrays = [part.reshape(cost.shape) for part, cost in zip(np.split(flat, ends[:-1]), costs, strict=True)]
         before = self.nonfinite
-        matches = [self._match(array, n, costs[0].device) for array, n in zip(arrays, sizes, strict=True)]
+        matches = [self._match(array, sizes, costs[0].device) for array in arrays]
         if self.nonfinite > before:
             message = f"matching cost: {self.nonfinite - before} entries not finite, {self.nonfinite} so far"
             warnings.warn(message, RuntimeWarning, stacklevel=3)

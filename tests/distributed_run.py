@@ -31,7 +31,7 @@ CONFIG = preset(
 
 NORMED = {
     **{"backbone": "small", "two_stage": True},
-    **{"query_selection": "mixed", "proposal_nms": 0.7, "proposal_repeats": 3},
+    **{"query_selection": "mixed", "proposal_nms": 0.7},
 }
 
 

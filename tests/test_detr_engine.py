@@ -31,7 +31,7 @@ SMALL = preset(
 )
 
 PLAIN = {"backbone": "tiny", "query_selection": "pure", "proposal_nms": 1.0, "loss_ce": 1.0}
-LEARNS = {"backbone": "small", "query_selection": "mixed", "proposal_nms": 0.7, "proposal_repeats": 4}
+LEARNS = {"backbone": "small", "query_selection": "mixed", "proposal_nms": 0.7}
 
 
 @pytest.fixture(scope="module")
