@@ -67,13 +67,11 @@ SMALL = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 6, "enc_layers
 CONFIGS = {
     # encoder and decoder attend around points
     "one_stage": preset("tiny", **SMALL, two_stage=False, refine=False, n_levels=2),
-    # the decoder attends in boxes
-    "two_stage": preset("tiny", **SMALL, two_stage=True, refine=True),
-    # queries of their own content, and proposals that are thinned
-    "mixed": preset("tiny", **SMALL, backbone="small", query_selection="mixed", proposal_nms=0.3),
+    # the decoder attends in boxes, queries have a content of their own, proposals are thinned
+    "two_stage": preset("tiny", **SMALL, backbone="small", query_selection="mixed", proposal_nms=0.3),
     # for a C++ compiler, which takes its time
     "smallest": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=False, refine=False, n_levels=1, dec_points=1),
-    "decoder": preset("tiny", **SMALL | {"enc_layers": 0}, two_stage=True, refine=True, n_levels=2),
+    "decoder": preset("tiny", **SMALL | {"enc_layers": 0}, query_selection="pure", proposal_nms=1.0, n_levels=2),
 }
 SIZE = (32, 48)
 NAMES = ["cat", "猫", "\ud800"]  # a name may be any text that json can hold
@@ -117,7 +115,7 @@ def assert_outputs(run, inputs, expected):
             torch.testing.assert_close(torch.as_tensor(got), want[:count], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["one_stage", "two_stage", "mixed"])
+@pytest.mark.parametrize("name", ["one_stage", "two_stage"])
 def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
     path, inputs, expected = detectors[name]
     extra = {"detector.json": ""}
@@ -128,10 +126,9 @@ def test_a_detector_as_an_exported_program(name, detectors, tmp_path):
     assert_outputs(program.module(), inputs, expected)
 
 
-@pytest.mark.parametrize("name", ["two_stage", "mixed"])
-def test_a_detector_in_onnxruntime(name, detectors, tmp_path, monkeypatch, capfd):
+def test_a_detector_in_onnxruntime(detectors, tmp_path, monkeypatch, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is in the test extra only")
-    path, inputs, expected = detectors[name]
+    path, inputs, expected = detectors["two_stage"]
     said = []
     # where Python shows what is logged and nobody asked for
     monkeypatch.setattr("logging.lastResort", type("Handler", (), {"level": 30, "handle": said.append}))
@@ -184,7 +181,7 @@ def test_a_detector_with_the_nodes_of_an_inference_engine(detectors, tmp_path, p
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["smallest", "mixed"])
+@pytest.mark.parametrize("name", ["smallest", "two_stage"])
 def test_a_detector_compiled_by_aotinductor_runs_without_this_package(name, detectors, tmp_path):
     path, inputs, expected = detectors[name]
     with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):  # unoptimised
