@@ -92,7 +92,7 @@ class SmallBackbone(nn.Module):
         )
         self.channels = list(widths[-config.n_levels :])
         self.requires_grad_(not self.frozen)
-        self.train()
+        self.train()  # PyTorch's modules begin in training, and a frozen one must not
 
     def train(self, mode: bool = True) -> "SmallBackbone":
         """As of every module; the statistics of a frozen one stay as they are."""

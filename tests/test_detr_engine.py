@@ -322,13 +322,12 @@ def test_evaluations_by_steps_or_epochs(splits):
 def test_eight_images_are_learned_by_heart(tmp_path):
     write_dataset(tmp_path, 8, 1, 64, 3)
     split = load_split(*find_split(tmp_path, "train"))
-    # noised boxes are others in every step
-    fields = {"image_size": 64, "max_size": 64, "augment": "tiny", "denoising": 0}
+    # noised boxes are others in every step; a score whose target is an IoU below 1 keeps a loss, here at the weight 1
+    fields = {"image_size": 64, "max_size": 64, "augment": "tiny", "denoising": 0, "loss_ce": 1.0}
     config = preset("tiny", **fields, lr=2e-3, steps=240, warmup_steps=30)
     trainer = Trainer(config, split, CPU)
     losses = advance(trainer, 240)
     metrics, _ = evaluate(trainer.model, validation_loader(split, config, CPU), CPU)
     assert metrics["images"] == 8
-    # not nothing: the target of a score is an IoU below 1, of which an entropy is left, at a weight of 3
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.05 * losses[0]
     assert metrics["AP"] >= 0.95
