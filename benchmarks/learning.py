@@ -58,7 +58,7 @@ def detections_of_each_object(detections: Detections, split: Split) -> float:
     return sum(counts) / max(len(counts), 1)
 
 
-def suppressed(detections: Detections) -> Detections:
+def after_nms(detections: Detections) -> Detections:
     """What is left after non-maximum suppression of each class."""
     kept = {}
     for image_id, found in detections.items():
@@ -103,7 +103,7 @@ def train(config: Config, folder: Path, minutes: float | None) -> dict[str, floa
         "AP": metrics["AP"],
         "AP50": metrics["AP50"],
         "AP75": metrics["AP75"],
-        "AP_nms": coco_metrics(val, suppressed(found))[0]["AP"],
+        "AP_nms": coco_metrics(val, after_nms(found))[0]["AP"],
         "AP_train": coco_metrics(part, seen)[0]["AP"],
         "duplicates": duplicates(found, thresholds),
         "detections_of_an_object": detections_of_each_object(found, val),

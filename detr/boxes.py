@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_ROUNDS = 16  # of `suppressed`
+
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Corners (x0, y0, x1, y1) of boxes [..., 4] given as (cx, cy, w, h)."""
@@ -41,11 +43,11 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     return iou_and_generalized_iou(a, b)[1]
 
 
-def suppressed(boxes: Tensor, most: float, rounds: int = 16) -> Tensor:
+def suppressed(boxes: Tensor, most: float) -> Tensor:
     """Greedy non-maximum suppression as a mask: what overlaps a better box that is kept by an IoU of more than `most`.
 
     Its size depends on no data, so that it can be compiled and exported, which torchvision's `nms` cannot. A box is
-    settled one round after the better ones that overlap it, so `rounds` bounds the length of a chain of boxes in which
+    settled one round after the better ones that overlap it, so _ROUNDS bounds the length of a chain of boxes in which
     each overlaps the next; boxes beyond it may come out otherwise than box by box.
 
     Args:
@@ -56,7 +58,7 @@ def suppressed(boxes: Tensor, most: float, rounds: int = 16) -> Tensor:
     iou = iou_and_generalized_iou(boxes[:, :, None], boxes[:, None])[0]  # NaN of two equal boxes without an area
     over = (iou > most).float().triu(1)  # [better, worse]
     kept = over.new_ones(over.shape[0], 1, over.shape[1])
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         kept = 1 - (kept @ over).clamp(max=1)
     return kept[:, 0] == 0
 

@@ -242,12 +242,12 @@ def describe(content: dict[str, Any], model: DeformableDETR) -> str:
     )
 
 
-# fields that files may lack which were written before there were any; their defaults are what was then
+# newer than the oldest files: where one is absent, its default is what the code did then
 _ADDED = ("query_selection", "proposal_nms", "denoising", "shape_groups")
 
 
 def config_of(content: dict[str, Any], path: Path) -> Config:
-    """The config of a loaded checkpoint. A field that is absent is no default: the weights were made for some value.
+    """The config of a loaded checkpoint. A field that is absent is refused, unless it is newer than the file may be.
 
     Raises:
         CheckpointError: a field is absent, unknown, of the wrong type or out of range.

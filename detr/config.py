@@ -100,8 +100,8 @@ class Config:
     loss_giou: float = _in(2.0, 0, 10_000)
     focal_alpha: float = _in(0.25, 0, 1)  # weight of the positives in the focal loss
     eos_weight: float = _in(0.1, 0, 10_000)  # weight of "no object" in the softmax loss
-    # with two stages: noised boxes of an image's objects that the decoder corrects beside its queries, while training:
-    # as many of each object as come to this number, but one at least; 0 has none (arXiv 2203.01305)
+    # two stages, training only: the decoder also corrects about so many noised copies of an image's boxes, the same
+    # number of each and at least one; 0: none (arXiv 2203.01305)
     denoising: int = _in(0, 0, 10_000)
 
     # data

@@ -238,8 +238,8 @@ class TrainingStream(Dataset):
             own, batch after batch dealt out to them in turn: together they see what one process would.
         early: the transform of the first passes over the images, and how many these are.
         denoising: if not 0, "noised" in a target has boxes near its objects, see `detr.transforms.noised`.
-        group: if not 1, so many samples after each other are all wide or all tall, the last ones of an epoch apart: an
-            image is padded to the size of a batch, and upright ones beside lying ones to almost twice their own.
+        group: if not 1, so many samples in a row are all tall or all not, and so are padded less in a batch; what fills
+            no group comes last in the epoch.
     """
 
     def __init__(

@@ -135,11 +135,11 @@ class Criterion:
         return self._box_terms(predicted, wanted, counts, weight)[1].sum(1)
 
 
-def noised_boxes(targets: list[dict]) -> tuple[Tensor, ...]:
-    """What the model takes as `noised`, [B, D, 4]: of all targets, padded; nothing if they have none."""
+def noised_boxes(targets: list[dict]) -> Tensor | None:
+    """What the model takes as `noised`, [B, D, 4]: of all targets, padded; None if they have none."""
     if "noised" not in targets[0]:
-        return ()
-    return (pad_sequence([target["noised"] for target in targets], batch_first=True, padding_value=0.5),)
+        return None
+    return pad_sequence([target["noised"] for target in targets], batch_first=True, padding_value=0.5)
 
 
 def at_least_one(counts: Tensor) -> Tensor:

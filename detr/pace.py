@@ -1,5 +1,6 @@
 """How many optimiser steps fit into some minutes, with their evaluations: measured by a trial, which is undone."""
 
+import bisect
 import copy
 import itertools
 import math
@@ -15,11 +16,10 @@ from detr.evaluate import coco_metrics, detect
 from detr.trainer import Trainer, TrainingError
 from detr.transforms import early
 
-_TRIAL = 0.04  # of the time is for trying steps, and as much for trying an evaluation
-# of the time is for pictures at the end, and for steps that take longer than in the trial: up to 15 % was seen
-_RESERVE = 0.16
-_WARM_UP = 3  # steps that are not measured: what is made once is made in them
-_STEPS = 50  # enough to know their rate
+_TRIAL = 0.04  # share of the time for the trial of steps, and again for that of an evaluation
+_RESERVE = 0.16  # share for the pictures at the end, and for steps slower than those of the trial: 15 % was seen
+_WARM_UP = 3  # first steps, which allocate and compile: not timed
+_STEPS = 50  # of a trial, at most
 
 
 def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) -> str:
@@ -64,12 +64,11 @@ def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) ->
 
 def most_steps(trainer: Trainer, seconds: float, of_step: float, of_evaluation: float) -> int:
     """The most steps that fit into `seconds` together with the evaluations that are due among them."""
-    steps = 0
-    for bit in reversed(range(COUNT.bit_length() - 1)):
-        more = steps + 2**bit
-        if more * of_step + evaluations_within(trainer, more) * of_evaluation <= seconds:
-            steps = more
-    return steps
+
+    def together(steps: int) -> float:
+        return steps * of_step + evaluations_within(trainer, steps) * of_evaluation
+
+    return bisect.bisect_right(range(1, COUNT), seconds, key=together)
 
 
 def evaluations_within(trainer: Trainer, steps: int) -> int:

@@ -76,7 +76,10 @@ class Trainer:
         self.workers = workers
         pretrained = config.pretrained_backbone and fresh
         self.model = build_model(replace(config, pretrained_backbone=pretrained), len(split.class_names)).to(device)
-        self.ema = AveragedModel(self.model, multi_avg_fn=_average(config.ema)) if config.ema else None
+        self.ema = None
+        if config.ema:
+            # the running statistics of BatchNorm are averaged like the weights that they belong to
+            self.ema = AveragedModel(self.model, multi_avg_fn=_average(config.ema), use_buffers=True)
         self.replica = torch.compile(self.model, fullgraph=True, dynamic=True) if config.compile else self.model
         if self.world > 1:
             with warnings.catch_warnings():
@@ -145,8 +148,16 @@ class Trainer:
         first, end = (steps * self.accumulate for steps in (self.steps_done, self.total_steps))
         indices = (range(b * size, (b + 1) * size) for b in range(first, end))
         group = self.config.batch_size if self.config.shape_groups else 1
-        passes, noise = early(self.config), self.config.denoising * self.config.two_stage
-        stream = TrainingStream(self.dataset, self.config.seed, size, self.rank, self.world, group, passes, noise)
+        stream = TrainingStream(
+            self.dataset,
+            self.config.seed,
+            size,
+            self.rank,
+            self.world,
+            group=group,
+            early=early(self.config),
+            denoising=self.config.denoising if self.config.two_stage else 0,
+        )
         loader = iter(make_loader(stream, indices, self.device, self.workers))
         while True:
             try:
@@ -191,9 +202,9 @@ class Trainer:
         for i, ((images, mask, _), targets) in enumerate(zip(batches, wanted, strict=True)):
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.replica.no_sync():
-                inputs = images.to(self.device, non_blocking=True), mask.to(self.device), *noised_boxes(targets)
+                images, mask = images.to(self.device, non_blocking=True), mask.to(self.device)
                 with self._autocast():
-                    outputs = self.replica(*inputs)
+                    outputs = self.replica(images, mask, noised_boxes(targets))
                 total, terms = self.criterion(outputs, targets, counts)
                 self.scaler.scale(total).backward()
             losses.append(torch.stack([total.detach(), *terms.values()]))
@@ -209,7 +220,7 @@ class Trainer:
         self.stopping = stopping > 0
         overflow = self.scaler.is_enabled() and math.isfinite(values["loss"]) and self.scaler.get_scale() >= 1
         taken = math.isfinite(values["loss"] + values["grad_norm"])
-        self._settle_statistics(before if not taken else None)
+        self._settle_statistics(before, taken)
         if taken:
             self.scaler.step(self.optimizer)
             if self.ema:
@@ -226,12 +237,13 @@ class Trainer:
             self.note_unreadable(unreadable)
         return values["loss"] if math.isfinite(values["loss"]) else math.nan
 
-    def _settle_statistics(self, before: list[Tensor] | None) -> None:
-        """Make the running statistics the means over all processes, or put back those from before a skipped step."""
-        if self.statistics and before is None and self.world > 1:
+    def _settle_statistics(self, before: list[Tensor], taken: bool) -> None:
+        """Make the running statistics the means over all processes, or after a skipped step those from `before`."""
+        values = self.statistics if taken else before
+        if taken and self.statistics and self.world > 1:
             sizes = [len(tensor) for tensor in self.statistics]
-            before = (distributed.add_up(torch.cat(self.statistics)) / self.world).split(sizes)
-        for tensor, value in zip(self.statistics, before or (), strict=False):
+            values = (distributed.add_up(torch.cat(self.statistics)) / self.world).split(sizes)
+        for tensor, value in zip(self.statistics, values, strict=True):
             tensor.copy_(value)
 
     def _autocast(self) -> contextlib.AbstractContextManager:

@@ -290,7 +290,8 @@ class Transformer(nn.Module):
         """Target, position encoding and reference boxes of queries that start from `boxes` [B, Q, 4].
 
         Args:
-            content: [Q or more, C], the targets if they are learned; None makes them from the boxes too.
+            content: the targets if they are learned, [Q or more, C], or [1, C] for all alike; None makes them from the
+                boxes too.
         """
         embedding = sine_embedding(boxes, self.config.d_model // 2).flatten(2)
         query_pos, target = self.pos_trans_norm(self.pos_trans(embedding)).chunk(2, -1)

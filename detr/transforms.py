@@ -14,7 +14,9 @@ from detr.config import Config
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 EARLY_PASSES = 8  # over the training images, without random windows
-NOISE = 0.5  # of a box's sides: how far centres may be apart, and the logarithm of the largest factor between sides
+NOISE = 0.5  # centres move by up to NOISE / 2 of the sides, and sides are multiplied by exp(-NOISE) to exp(NOISE)
+# sides of a random window, as factors on the image's, and on top of it the height's factor, which divides the width
+SCALE, STRETCH = (0.6, 1.4), (1 / 1.2, 1.2)
 LEAST_VISIBLE = 0.3  # of a box's area: less of an object is not asked for
 
 
@@ -55,21 +57,13 @@ class RandomWindow(v2.Transform):
     """A random part of the image, or the image within a black margin, stretched to the size that the image had.
 
     Objects come larger, smaller, wider, taller and in other places. A box stays, cut off at the border, where at least
-    LEAST_VISIBLE of it is seen.
-
-    Args:
-        smallest, largest: sides of the window, as factors on the image's; they are drawn evenly on a logarithmic scale,
-            as is a factor of up to `stretch` on the height, by which the width is divided.
+    LEAST_VISIBLE of it is seen. SCALE and STRETCH are drawn evenly on a logarithmic scale.
     """
-
-    def __init__(self, smallest: float = 0.6, largest: float = 1.4, stretch: float = 1.2) -> None:
-        super().__init__()
-        self.smallest, self.largest, self.stretch = smallest, largest, stretch
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         image, boxes = sample["image"], sample["boxes"]
         height, width = image.shape[-2:]
-        scale, stretch = (math.exp(self._draw(*map(math.log, ends))) for ends in self._ranges())
+        scale, stretch = (math.exp(self._draw(math.log(low), math.log(high))) for low, high in (SCALE, STRETCH))
         h, w = max(1, round(height * scale * stretch)), max(1, round(width * scale / stretch))
         top, left = (round(self._draw(min(0, n - part), max(0, n - part))) for n, part in ((height, h), (width, w)))
         image = v2.functional.resized_crop(image, top, left, h, w, [height, width], antialias=True)
@@ -80,9 +74,6 @@ class RandomWindow(v2.Transform):
         whole, part = ((b[:, 2:] - b[:, :2]).clamp(min=0).prod(1) for b in (moved, seen))
         keep = (part >= LEAST_VISIBLE * whole) & (part > 0)
         return {"image": image, "boxes": tv_tensors.wrap(seen[keep], like=boxes), "labels": sample["labels"][keep]}
-
-    def _ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        return (self.smallest, self.largest), (1 / self.stretch, self.stretch)
 
     @staticmethod
     def _draw(low: float, high: float) -> float:

@@ -155,7 +155,7 @@ def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
     """The model's weights by the names of another layout, "official" or "hf" (Hugging Face).
 
     Raises:
-        ValueError: unknown layout, or one that has no names for this model's backbone or attention.
+        ValueError: unknown layout, or one that has no names for this model.
     """
     config = model.config
     if layout not in ("official", "hf"):
@@ -166,7 +166,8 @@ def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
         "query_selection mixed": config.two_stage and config.query_selection == "mixed",
         f"proposal_nms {config.proposal_nms:g}": config.two_stage and config.proposal_nms < 1,
     }
-    for what in (what for what, is_so in ours.items() if is_so):
+    what = next((what for what, is_so in ours.items() if is_so), None)
+    if what:
         raise ValueError(f"layout: {layout} has no model with {what}; onnx, torch-export and aoti take any")
     converted = {}
     for key, tensor in model.state_dict().items():

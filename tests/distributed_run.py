@@ -29,10 +29,15 @@ CONFIG = preset(
     **{"lr": 1e-4, "lr_backbone": 1e-4, "steps": 5, "warmup_steps": 0, "eval_steps": 5, "ema": 0.5},
 )
 
-NORMED = {
-    **{"backbone": "small", "two_stage": True},
-    **{"query_selection": "mixed", "proposal_nms": 0.7},
+# what each run that is held against one process changes
+RUNS = {
+    "focal": {},
+    "accumulated": {"accumulate": 2},
+    "softmax": {"class_loss": "softmax"},
+    "last_layer_only": {"aux_loss": False},
+    "two_stage": {"two_stage": True, "denoising": 6},
 }
+NORMED = {"backbone": "small", "two_stage": True}
 
 
 def take(trainer: Trainer, steps: int, change=None) -> list[float]:
@@ -47,7 +52,7 @@ def take(trainer: Trainer, steps: int, change=None) -> list[float]:
 
 def without_objects(targets: list[dict]) -> None:
     for target in targets:
-        target["labels"], target["boxes"] = target["labels"][:0], target["boxes"][:0]
+        target |= {name: target[name][:0] for name in ("labels", "boxes", "noised") if name in target}
 
 
 def main(data: Path, out: Path) -> None:
@@ -57,26 +62,28 @@ def main(data: Path, out: Path) -> None:
     train_split = load_split(*find_split(data, "train"))
     val_split = load_split(*find_split(data, "val"), train_split.categories)
     found = {}
-    for name, changes in {
-        "focal": {},
-        "accumulated": {"accumulate": 2},
-        "softmax": {"class_loss": "softmax"},
-        "last_layer_only": {"aux_loss": False},
-    }.items():
+    for name, changes in RUNS.items():
         trainer = Trainer(replace(CONFIG, **changes), train_split, CPU)
         found[name] = take(trainer, 5), trainer.sums["grad_norm"], trainer.state()["model"], trainer.state()["ema"]
 
-    # running statistics: of this process's images alone, and as the step leaves them
+    # running statistics: of this process's images alone, and as each step leaves them
     trainer = Trainer(replace(CONFIG, **NORMED), train_split, CPU)
-    own: list[torch.Tensor] = []
+    own, settled = [], []
     settle = trainer._settle_statistics
-    trainer._settle_statistics = lambda before: (own.extend(x.clone() for x in trainer.statistics), settle(before))
-    take(trainer, 1)
-    found["statistics"] = own, [x.clone() for x in trainer.statistics], trainer.weights()["model"]
 
-    trainer = Trainer(CONFIG, train_split, CPU)
-    found["one_rank_without_objects"] = take(trainer, 2, without_objects if rank == 1 else None)
-    found["no_objects"] = take(trainer, 2, without_objects)
+    def settle_noted(*args) -> None:
+        own.append([x.clone() for x in trainer.statistics])
+        settle(*args)
+        settled.append([x.clone() for x in trainer.statistics])
+
+    trainer._settle_statistics = settle_noted
+    take(trainer, 2)
+    found["statistics"] = own, settled, trainer.weights()["model"]
+
+    for name in ("focal", "two_stage"):
+        trainer = Trainer(replace(CONFIG, **RUNS[name]), train_split, CPU)
+        one_half = take(trainer, 2, without_objects if rank == 1 else None)
+        found[f"{name} without objects"] = one_half, take(trainer, 2, without_objects), dict(trainer.sums)
 
     val = validation_loader(val_split, CONFIG, CPU)
     found["images"] = sorted(detect(trainer.model, val, CPU)[0])

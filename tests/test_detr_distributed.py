@@ -10,7 +10,7 @@ from pathlib import Path
 import distributed_run
 import pytest
 import torch
-from distributed_run import CONFIG, NORMED, take, without_objects
+from distributed_run import CONFIG, NORMED, RUNS, take, without_objects
 
 from detr import checkpoint
 from detr.checkpoint import load_model
@@ -69,10 +69,9 @@ def test_batches_are_dealt_out(split):
     assert together == alone
 
 
-@pytest.mark.parametrize("name", ["focal", "accumulated", "softmax", "last_layer_only"])
+@pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one_with_twice_the_batch(split, ranks, name):
-    changes = {"softmax": {"class_loss": "softmax"}, "last_layer_only": {"aux_loss": False}}.get(name, {})
-    trainer = Trainer(replace(CONFIG, **changes), split, CPU)
+    trainer = Trainer(replace(CONFIG, **RUNS[name] | {"accumulate": 1}), split, CPU)
     losses = take(trainer, 5)
     for rank in ranks:
         theirs, norms, model, averaged = rank[name]
@@ -86,20 +85,27 @@ def test_two_processes_equal_one_with_twice_the_batch(split, ranks, name):
 def test_running_statistics_are_means_over_the_processes(split, ranks):
     alone = Trainer(replace(CONFIG, **NORMED), split, CPU)
     (first, means, model), (second, also, _) = (rank["statistics"] for rank in ranks)
-    assert len(first) == 16
-    for one, other, mean, same, before in zip(first, second, means, also, alone.statistics, strict=True):
-        torch.testing.assert_close(mean, (one + other) / 2)
-        assert torch.equal(mean, same)
-        assert not torch.equal(one, other) and not torch.equal(mean, before)
-    # and are what a checkpoint gets: here of the averaged weights
-    assert torch.equal(model["backbone.stem.1.running_mean"], means[0])
+    before = alone.statistics
+    for step in range(2):
+        assert len(first[step]) == 16
+        for one, other, mean, same, old in zip(first[step], second[step], means[step], also[step], before, strict=True):
+            torch.testing.assert_close(mean, (one + other) / 2)
+            assert torch.equal(mean, same)
+            assert not torch.equal(one, other) and not torch.equal(mean, old)
+        before = means[step]
+    # a checkpoint gets them averaged over the steps like the weights: of the second step with a decay of 2 / 11
+    torch.testing.assert_close(model["backbone.stem.1.running_mean"], (2 * means[0][0] + 9 * means[1][0]) / 11)
 
 
-def test_ranks_whose_batch_has_no_object(split, ranks):
-    trainer = Trainer(CONFIG, split, CPU)
+@pytest.mark.parametrize("name", ["focal", "two_stage"])
+def test_ranks_whose_batch_has_no_object(split, ranks, name):
+    trainer = Trainer(replace(CONFIG, **RUNS[name]), split, CPU)
     one_half = take(trainer, 2, lambda targets: without_objects(targets[2:]))
-    assert ranks[0]["one_rank_without_objects"] == pytest.approx(one_half, rel=1e-5)
-    assert ranks[1]["no_objects"] == pytest.approx(take(trainer, 2, without_objects), rel=1e-5)
+    expected = one_half, take(trainer, 2, without_objects), dict(trainer.sums)
+    assert ("loss_giou_dn" in expected[2]) == (name == "two_stage")
+    for rank in ranks:
+        for theirs, ours in zip(rank[f"{name} without objects"], expected, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-5)
 
 
 def test_all_processes_take_the_steps_that_the_main_one_chose(split, ranks):

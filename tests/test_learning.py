@@ -43,7 +43,7 @@ def test_detections_of_an_object():
 
 
 def test_what_suppression_would_leave():
-    left = learning.suppressed(DETECTIONS)
+    left = learning.after_nms(DETECTIONS)
     assert left[1]["scores"].tolist() == pytest.approx([0.9, 0.7, 0.6]) and len(left[2]["scores"]) == 1
 
 
