@@ -19,6 +19,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from benchmarks.learning import CSV, after_nms, best_thresholds, detections_of_each_object, duplicates, write_row
 from detr.backbone import build_backbone
 from detr.boxes import cxcywh_to_xyxy
 from detr.config import Config, preset
@@ -97,8 +98,8 @@ def wanted(images: list[Tensor], targets: list[dict]) -> list[dict]:
     return found
 
 
-def evaluated(model: FasterRCNN, loader: torch.utils.data.DataLoader) -> dict:
-    """`coco_metrics` of the model."""
+def evaluated(model: FasterRCNN, loader: torch.utils.data.DataLoader) -> dict[str, float]:
+    """What `benchmarks.learning` says of our own models, but for what the images of the training are evaluated for."""
     model.eval()
     detections = {}
     with torch.inference_mode():
@@ -113,7 +114,13 @@ def evaluated(model: FasterRCNN, loader: torch.utils.data.DataLoader) -> dict:
                     "labels": found["labels"] - 1,
                 }
     model.train()
-    return coco_metrics(loader.dataset.split, detections)[0]
+    split = loader.dataset.split
+    metrics = coco_metrics(split, detections)[0]
+    return {name: metrics[name] for name in ("AP", "AP50", "AP75")} | {
+        "AP_nms": coco_metrics(split, after_nms(detections))[0]["AP"],
+        "duplicates": duplicates(detections, best_thresholds(metrics)),
+        "detections_of_an_object": detections_of_each_object(detections, split),
+    }
 
 
 def main() -> None:
@@ -124,9 +131,11 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--body", choices=BODIES, default=BODIES[0])
-    parser.add_argument("--lr", type=float, default=LR)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--csv", type=Path, default=CSV)
     options = parser.parse_args()
 
+    torch.set_num_threads(options.threads)
     config = preset("tiny", image_size=options.image_size, max_size=2 * options.image_size, seed=options.seed)
     train, val = (load_split(*find_split(options.data, name)) for name in ("train", "val"))
     device = torch.device("cpu")
@@ -134,7 +143,7 @@ def main() -> None:
     model = build(len(train.class_names), config, options.body)
     dataset = CocoDataset(train, training_transform(config), (config.image_size, config.max_size))
     loader = validation_loader(val, config, device)
-    optimizer = torch.optim.SGD(model.parameters(), options.lr, MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY)
     start = time.perf_counter()
     evaluated(model, loader)
     of_evaluation = time.perf_counter() - start
@@ -147,7 +156,7 @@ def main() -> None:
         done = step / options.steps if options.steps else (time.perf_counter() - start) / end
         if done >= 1:
             break
-        rate = options.lr * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = LR * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
         images = unpadded(images, mask)
@@ -157,10 +166,10 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
         step += 1
-    metrics = evaluated(model, loader)
-    seconds = time.perf_counter() - start
-    aps = " ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AP50", "AP75"))
-    print(f"faster_rcnn {options.body} {options.data.name} seed {options.seed}: {step} steps, {seconds:.0f} s: {aps}")
+    of_step = (time.perf_counter() - start) / step
+    row = {"data": options.data.name, "model": f"faster_rcnn {options.body}", "seed": options.seed}
+    row |= {"threads": options.threads, "minutes": "" if options.steps else options.minutes}
+    write_row(options.csv, row | {"steps": step, "seconds_per_step": of_step} | evaluated(model, loader))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
     python -m benchmarks.learning --data runs/large --steps 1000 --seeds 0 1 2 --threads 1 proposal_nms=1.0
 
-A row of `results/learning.csv` for each seed; docs/learning.md has the tables. Fields are those of `detr.Config`, and
+A row of `results/learning.csv` for each seed; docs/learning.md has the tables. Fields are those of `detr.config`, and
 `block`: batch-relu, group-silu or group-relu in place of what the small backbone is made of, batch-silu.
 """
 
 import argparse
 import csv
 import json
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,10 @@ from detr.split import Split
 from detr.trainer import Trainer
 
 CSV = Path(__file__).parent / "results" / "learning.csv"
+COLUMNS = (
+    *("commit", "data", "model", "changes", "seed", "threads", "minutes", "steps", "seconds_per_step"),
+    *("AP", "AP50", "AP75", "AP_nms", "AP_train", "duplicates", "detections_of_an_object", "torch"),
+)
 OF_TRAINING = 40  # training images that are evaluated too
 EQUAL = 0.8  # IoU above which a detection is a duplicate of a better one
 SUPPRESSED = 0.7  # IoU of the suppression that "AP nms" would have
@@ -79,8 +84,28 @@ def block(kind: str) -> Callable[..., list[nn.Module]]:
     return layers
 
 
+def best_thresholds(metrics: dict) -> Tensor:
+    """The score with the best F1 of each class [K]; infinite for a class that is never found."""
+    return torch.tensor([row["best_f1_threshold"] or torch.inf for row in metrics["per_class"].values()])
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Print a run, and add it to the table with what it was made by."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    row = {"commit": commit.strip()} | row | {"torch": torch.__version__}
+    row = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+    print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def train(config: Config, folder: Path, minutes: float | None) -> dict[str, float]:
-    """Train and evaluate; the row of the table."""
+    """Train and evaluate; the numbers of the row."""
     began = time.perf_counter()
     split, val = (load_split(*find_split(folder, name)) for name in ("train", "val"))
     device = torch.device("cpu")
@@ -96,7 +121,6 @@ def train(config: Config, folder: Path, minutes: float | None) -> dict[str, floa
     metrics, _ = coco_metrics(val, found)
     part = replace(split, images=split.images[:OF_TRAINING])
     seen, _ = detect(trainer.evaluated_model, validation_loader(part, config, device), device)
-    thresholds = torch.tensor([row["best_f1_threshold"] or torch.inf for row in metrics["per_class"].values()])
     return {
         "steps": trainer.steps_done,
         "seconds_per_step": of_steps / trainer.steps_done,
@@ -105,7 +129,7 @@ def train(config: Config, folder: Path, minutes: float | None) -> dict[str, floa
         "AP75": metrics["AP75"],
         "AP_nms": coco_metrics(val, after_nms(found))[0]["AP"],
         "AP_train": coco_metrics(part, seen)[0]["AP"],
-        "duplicates": duplicates(found, thresholds),
+        "duplicates": duplicates(found, best_thresholds(metrics)),
         "detections_of_an_object": detections_of_each_object(found, val),
     }
 
@@ -118,7 +142,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="as of `detr train`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--name", default="", help="of the row; the changed fields are in it anyway")
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE")
     options = parser.parse_args()
@@ -138,19 +161,10 @@ def main() -> None:
     if options.steps:
         changes["steps"] = options.steps
     for seed in options.seeds:
-        row = {"name": options.name, "data": options.data.name, "preset": options.preset}
-        row |= {"changes": " ".join(options.changes), "seed": seed, "threads": options.threads}
-        row |= {"minutes": options.minutes or ""}
+        row = {"data": options.data.name, "model": options.preset, "changes": " ".join(options.changes)}
+        row |= {"seed": seed, "threads": options.threads, "minutes": options.minutes or ""}
         row |= train(preset(options.preset, seed=seed, **changes), options.data, options.minutes)
-        row |= {"torch": torch.__version__}
-        row = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-        print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-        fresh = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        write_row(options.csv, row)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The benchmarks of learning: what they count, and that both run. Nothing here asserts an average precision."""
 
 import csv
-import re
 import sys
 from types import SimpleNamespace
 
@@ -91,7 +90,10 @@ def test_both_run(tmp_path, monkeypatch, capsys):
     assert first["changes"] == "d_model=32 n_heads=2 proposal_nms=0.5 batch_size=2" and 0 <= float(first["AP"]) <= 1
 
     command = ["faster_rcnn", "--data", str(tmp_path / "data"), "--steps", "1", "--image-size", "32", "--body", "small"]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", [*command, "--threads", "1", "--csv", str(rows)])
     faster_rcnn.main()
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"faster_rcnn small data seed 0: 1 steps, \d+ s: AP 0\.\d+ AP50 0\.\d+ AP75 0\.\d+", line)
+    torch.set_num_threads(threads)
+    *_, last = csv.DictReader(rows.read_text().splitlines())
+    assert (last["model"], last["data"], last["steps"], last["minutes"]) == ("faster_rcnn small", "data", "1", "")
+    assert 0 <= float(last["AP"]) <= 1 and last["AP_train"] == "" and last["torch"] == torch.__version__
+    assert "model=faster_rcnn small" in capsys.readouterr().out
