@@ -83,7 +83,7 @@ class Config:
     query_selection: str = _one_of("pure", ("pure", "mixed"))
     # with two stages: a proposal that a better one overlaps by more than this IoU comes after all others; 1 moves none
     proposal_nms: float = _in(1.0, 0, 1)
-    aux_loss: bool = True  # losses on every decoder layer, not only the last
+    aux_loss: bool = True  # losses on every decoder layer, not only the last; those of noised boxes are on all anyway
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
     # of the deformable attention, see msda_triton.ms_deform_attn; of this run only
     backend: str = _one_of("auto", BACKENDS)
@@ -100,8 +100,8 @@ class Config:
     loss_giou: float = _in(2.0, 0, 10_000)
     focal_alpha: float = _in(0.25, 0, 1)  # weight of the positives in the focal loss
     eos_weight: float = _in(0.1, 0, 10_000)  # weight of "no object" in the softmax loss
-    # two stages, training only: the decoder also corrects about so many noised copies of an image's boxes, the same
-    # number of each and at least one; 0: none (arXiv 2203.01305)
+    # two stages, training only: the decoder also corrects noised copies of an image's boxes, as many of all of them as
+    # fit into this number, but one at least: with 24 and 5 objects 4 copies, 20 boxes; 0: none (arXiv 2203.01305)
     denoising: int = _in(0, 0, 10_000)
 
     # data
@@ -111,7 +111,8 @@ class Config:
     # "official": flip, multi-scale resize, crop; "tiny": flip at one size; "window": the same, and a random part of the
     # image or the image within a margin
     augment: str = _one_of("official", ("official", "tiny", "window"))
-    shape_groups: bool = False  # the images of a step are all wide or all tall, and so are padded less
+    # the images of a step are all tall or all not, and so are padded less; those that are left over in an epoch are mixed
+    shape_groups: bool = False
 
     # training
     recipe: str = _one_of("official", RECIPES)  # one of RECIPES, which the fields below come from; for people

@@ -47,8 +47,8 @@ class Criterion:
                 where gradients are added up over batches or averaged over processes, give the sum or mean of theirs.
         Returns:
             The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
-            _0, _1, ... those of the layers before, with _enc those of the proposals, and with _dn those of noised
-            boxes, over all layers.
+            _0, _1, ... those of the layers before, with _enc those of the proposals, and with _dn the sums over
+            all layers of loss_bbox and loss_giou of noised boxes, which have no loss_ce.
         """
         if counts is None:
             counts = at_least_one(self.counts(targets, outputs["boxes"].shape[1]))

@@ -78,14 +78,14 @@ class DeformableDETR(nn.Module):
         Args:
             images: [B, 3, H, W], normalised, padded with zeros at the bottom and the right.
             mask: [B, H, W] bool, True on padding.
-            noised: [B, D, 4] (cx, cy, w, h), boxes that the decoder of a model with two stages also corrects, each by
-                itself.
+            noised: [B, D, 4] (cx, cy, w, h), boxes that the decoder also corrects, each by itself; a model with one
+                stage ignores them.
         Returns:
             logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) in [0, 1] of the unpadded image, both float32; aux, a
             list of dicts with these two for all decoder layers but the last (empty without `config.aux_loss`);
-            proposals, such a dict with one box for each token, if the model has two stages; denoised, what became of
-            `noised` in each of R decoder layers, [R, B, D, 4]; and softmax, True if logits have a column K for "no
-            object". N is n_queries, or for two stages the number of tokens if that is less.
+            proposals, such a dict with one box for each token, if the model has two stages; denoised, if `noised`
+            was given: what became of it in each of R decoder layers, [R, B, D, 4]; and softmax, True if logits have a
+            column K for "no object". N is n_queries, or for two stages the number of tokens if that is less.
         """
         memory = self.transformer.encode(self._pyramid(images), mask)
         outputs, unseen = {"softmax": self.config.class_loss == "softmax"}, None

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 
 from detr import transforms
 from detr.config import preset
-from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, load_split, make_loader
+from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, in_groups, load_split, make_loader
 from detr.synth import write_dataset
 from detr.trainer import Trainer
 from detr.transforms import MEAN, STD, RandomWindow, Transform, evaluation_transform, training_transform
@@ -207,11 +207,11 @@ def test_a_window_keeps_boxes_on_their_objects():
 
 @pytest.mark.parametrize(
     ("box", "stays"),
-    [([0.0, 0.0, 40.0, 60.0], False), ([0.0, 0.0, 82.5, 60.0], False), ([0.0, 0.0, 97.0, 60.0], True),
+    [([0.0, 0.0, 40.0, 60.0], False), ([0.0, 0.0, 92.9, 60.0], False), ([0.0, 0.0, 95.0, 60.0], True),
      ([0.0, 0.0, 120.0, 60.0], True), ([60.0, 0.0, 90.0, 60.0], True)],
 )  # fmt: skip
 def test_a_box_stays_if_enough_of_it_is_seen(box, stays, monkeypatch):
-    # the window is the right two thirds: of 40 columns none is seen, of 82.5 a fifth, of 97 32 %, of 120 45 %
+    # the window is the right two thirds: of 40 columns none is seen, of 92.9 29 %, of 95 30.5 %, of 120 45 %
     draws = iter([math.log(2 / 3), 0.0, 0.0, 66.0])
     monkeypatch.setattr(RandomWindow, "_draw", staticmethod(lambda low, high: next(draws)))
     given = tv_tensors.BoundingBoxes([box], format="XYXY", canvas_size=(90, 200))
@@ -273,16 +273,17 @@ def test_half_of_the_images_are_seen_through_a_window(synthetic):
     nothing = torch.zeros(0, 4), torch.zeros(0).long()
     plain = evaluation_transform()(image, *nothing)[0]
     transform, kinds = training_transform(preset("tiny")), Counter()
-    for seed in range(200):
+    for seed in range(800):
         torch.manual_seed(seed)
         found = transform(image, *nothing)[0]
         known = {"as it is": plain, "flip": plain.flip(2)}
         kinds[next((name for name, image in known.items() if torch.equal(found, image)), "window")] += 1
-    assert abs(kinds["window"] - 100) < 35 and min(kinds["flip"], kinds["as it is"]) > 25
+    assert abs(kinds["window"] - 400) < 45 and min(kinds["flip"], kinds["as it is"]) > 160
 
 
-def test_a_trainer_asks_for_early_passes_and_groups(synthetic):
-    config = preset("tiny", image_size=32, max_size=64, batch_size=4, steps=80)
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_trainer_asks_for_early_passes_and_groups(synthetic, groups):
+    config = preset("tiny", image_size=32, max_size=64, batch_size=4, steps=80, shape_groups=groups)
     trainer = Trainer(config, synthetic, CPU)
     images = len(trainer.dataset)
     marks = []
@@ -293,8 +294,8 @@ def test_a_trainer_asks_for_early_passes_and_groups(synthetic):
     for step, [(_, _, targets)] in enumerate(trainer.batches()):
         assert len(marks) == max(0, 4 * (step + 1) - 8 * images)
         of_one_shape += len({target["image_id"] % 2 for target in targets}) == 1
-    # by chance it would be one batch in twenty; those that two epochs share are mixed
-    assert step == 79 and of_one_shape > 40
+    # by chance it is about one batch in ten; those that two epochs share are mixed
+    assert step == 79 and (of_one_shape > 40 if groups else of_one_shape < 20)
 
 
 def test_groups_of_one_shape():
@@ -320,9 +321,13 @@ def test_groups_of_one_shape():
     assert sum(mixed) <= 2 * 8
     tall = [dataset.shapes[batch[0]] == (30, 20) for batch, m in zip(batches, mixed, strict=True) if not m]
     assert 8 <= sum(tall) < len(tall) and tall != sorted(tall) and order[:50] != order[50:100]
-    # nor do all tall ones come first or last in every epoch
-    epochs = [[dataset.shapes[i] == (30, 20) for i in order[e : e + 48 : 8]] for e in range(0, 400, 50)]
-    assert not all(shapes in (sorted(shapes), sorted(shapes, reverse=True)) for shapes in epochs)
+    # the groups are in random order, and all are full
+    tall, orders = np.arange(64) < 32, set()
+    for seed in range(8):
+        found = tall[in_groups(np.arange(64), tall, 8, torch.Generator().manual_seed(seed))].reshape(8, 8)
+        assert (found == found[:, :1]).all()
+        orders.add(tuple(found[:, 0].tolist()))
+    assert len(orders) > 4
     # whatever the number of processes, and from any start
     two = [TrainingStream(dataset, 3, batch=4, rank=rank, world=2, group=8) for rank in range(2)]
     assert [two[b % 2][b // 2 * 4 + i][0] for b in range(100) for i in range(4)] == order

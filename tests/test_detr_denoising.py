@@ -12,6 +12,7 @@ from detr.losses import Criterion, noised_boxes
 from detr.model import build_model
 from detr.synth import write_dataset
 from detr.trainer import Trainer
+from detr.transformer import unseen_by_each_other
 from detr.transforms import noised, training_transform
 
 torch.set_num_threads(1)  # test processes share the cores
@@ -40,6 +41,13 @@ def test_copies_of_all_objects_near_them(objects, most, count):
         assert (factor.log().abs() <= 0.5 + 1e-6)[inside[2:]].all()
 
 
+def test_noise_stays_within_what_a_sigmoid_can_move():
+    torch.manual_seed(0)
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1e-6, 1e-6], [0.5, 0.5, 1.0, 1.0], [0.99, 0.01, 0.02, 0.02]])
+    near = noised(boxes, 400)
+    assert near.min() == pytest.approx(0.005) and near.max() == pytest.approx(0.995)
+
+
 def test_the_noise_is_even():
     torch.manual_seed(0)
     boxes = torch.tensor([[0.5, 0.5, 0.3, 0.2]])
@@ -61,7 +69,14 @@ def test_queries_do_not_see_noised_boxes_nor_these_each_other(selection):
             parameter += 0.1 * torch.randn_like(parameter)
     images, mask = torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool)
     near = torch.rand(2, 5, 4) * 0.5 + 0.2
+    given, layers = {}, []
+    decoder = model.transformer.decoder
+    decoder.register_forward_pre_hook(lambda module, args: given.update(target=args[0]))
+    decoder.register_forward_hook(lambda module, args, output: layers.append(output[1]))
     alone, beside = model(images, mask), model(images, mask, near)
+    if selection == "mixed":  # the content of the best proposal
+        assert torch.equal(given["target"][:, -5:], model.query_embed.weight[0].expand(2, 5, -1))
+    assert torch.equal(beside["denoised"], torch.stack([boxes[:, -5:] for boxes in layers[1]]))
     for one, other in zip([alone, *alone["aux"]], [beside, *beside["aux"]], strict=True):
         for name in ("logits", "boxes"):
             torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-5)
@@ -70,6 +85,17 @@ def test_queries_do_not_see_noised_boxes_nor_these_each_other(selection):
     for n in (1, 0):
         fewer = model(images, mask, near[:, :n])["denoised"]
         torch.testing.assert_close(fewer, beside["denoised"][:, :, :n], rtol=1e-5, atol=1e-5)
+
+
+def test_who_is_unseen():
+    unseen = unseen_by_each_other(2, 3, CPU)
+    assert unseen.int().tolist() == [
+        [0, 0, 1, 1, 1],
+        [0, 0, 1, 1, 1],
+        [1, 1, 0, 1, 1],
+        [1, 1, 1, 0, 1],
+        [1, 1, 1, 1, 0],
+    ]
 
 
 def slow_loss(denoised, targets, objects):
