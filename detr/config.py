@@ -111,7 +111,7 @@ class Config:
     # "official": flip, multi-scale resize, crop; "tiny": flip at one size; "window": the same, and a random part of the
     # image or the image within a margin
     augment: str = _one_of("official", ("official", "tiny", "window"))
-    # the images of a step are all tall or all not, and so are padded less; those that are left over in an epoch are mixed
+    # the images of a step are all tall or all not, and are padded less; those that are left over in an epoch are mixed
     shape_groups: bool = False
 
     # training
