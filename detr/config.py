@@ -239,7 +239,6 @@ _TINY = Config(
     dropout=0.0,
     refine=True,
     two_stage=True,
-    query_selection="mixed",
     proposal_nms=0.4,
     denoising=24,
     class_loss="varifocal",
