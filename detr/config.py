@@ -280,7 +280,6 @@ PRESETS: dict[str, Config] = {
     config.name: config
     for config in (
         _TINY,
-        replace(_TINY, name="tiny_refine", two_stage=False),
         _DEFORMABLE,
         replace(_DEFORMABLE, name="deformable_detr_r50_refine", refine=True),
         replace(_DEFORMABLE, name="deformable_detr_r50_two_stage", refine=True, two_stage=True),
@@ -303,7 +302,7 @@ RECIPE_FIELDS = (
 def recipe_fields(recipe: str, preset_name: str) -> dict[str, Any]:
     """The fields that a recipe sets for a preset.
 
-    "official" is what the preset's row of the paper was trained with (for a tiny preset, what Deformable DETR was),
+    "official" is what the preset's row of the paper was trained with (for `tiny`, what Deformable DETR was),
     from an ImageNet backbone; "finetune" is for weights that were trained on other boxes before; "tiny" is for small
     models and images, from random weights.
 

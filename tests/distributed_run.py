@@ -22,7 +22,8 @@ from detr.trainer import Trainer
 CPU = torch.device("cpu")
 # small rates, because Adam makes steps of full size from the rounding of gradients that are zero
 CONFIG = preset(
-    "tiny_refine",
+    "tiny",
+    two_stage=False,
     backbone="tiny",  # whose norms are of one image
     loss_ce=1.0,
     **{"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "image_size": 64, "max_size": 64, "batch_size": 4},

@@ -16,8 +16,11 @@ def test_presets_survive_json(name):
 
 
 def test_override_replaces_only_the_named_fields():
-    changed = preset("tiny_refine", n_queries=7, lr=1)
-    assert dataclasses.asdict(changed) == dataclasses.asdict(preset("tiny_refine")) | {"n_queries": 7, "lr": 1}
+    changed = preset("tiny", two_stage=False, n_queries=7, lr=1)
+    assert dataclasses.asdict(changed) == dataclasses.asdict(preset("tiny", two_stage=False)) | {
+        "n_queries": 7,
+        "lr": 1,
+    }
 
 
 def test_presets_hold_the_published_recipes():
@@ -67,7 +70,7 @@ def test_presets_hold_the_published_recipes():
 )
 def test_bad_fields(overrides, message):
     with pytest.raises(ValueError) as error:
-        preset("tiny_refine", **overrides)
+        preset("tiny", **{"two_stage": False} | overrides)
     assert str(error.value).startswith(message)
 
 
@@ -83,7 +86,7 @@ def test_recipes():
     assert of("deformable_detr_r50") == of("deformable_detr_r50", "official") == of("tiny", "official") == paper
     assert of("deformable_detr_r50", "finetune") == of("detr_r50_dc5", "finetune") == of("tiny", "finetune") == tuned
     assert of("detr_r50") == of("detr_r50", "official") == (1e-4, 1e-5, 16, 500, None, "step", "official", 0.0)
-    assert of("deformable_detr_r50_refine", "tiny") == of("tiny") == of("tiny_refine", "tiny")
+    assert of("deformable_detr_r50_refine", "tiny") == of("tiny")
     assert preset("deformable_detr_r50", "finetune").recipe == "finetune"
     # the model is not the recipe's, and overrides win
     assert preset("tiny", "official").d_model == 64 and preset("tiny", "finetune", ema=0.0).ema == 0
@@ -99,6 +102,11 @@ def test_departures_from_the_recipe(name):
         "lr": (PRESETS[name].lr, 1e-5),
         "batch_size": (PRESETS[name].batch_size, 2),
     }
+
+
+def test_a_run_of_a_preset_that_is_gone():
+    config = Config.from_dict(preset("tiny").to_dict() | {"name": "tiny_refine", "two_stage": False, "lr": 0.5})
+    assert departures(config) == {}
 
 
 def test_unknown_preset_lists_the_known():

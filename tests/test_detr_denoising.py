@@ -147,7 +147,7 @@ def test_steps_with_and_without_objects_have_the_same_terms(split):
 
 
 def test_one_stage_has_none(split):
-    trainer = Trainer(preset("tiny_refine", **SMALL, steps=3), split, CPU)
+    trainer = Trainer(preset("tiny", two_stage=False, **SMALL, steps=3), split, CPU)
     batches = next(trainer.batches())
     assert trainer.config.denoising and not any("noised" in target for _, _, targets in batches for target in targets)
     trainer.step(batches)

@@ -12,10 +12,12 @@ from detr.config import preset
 from detr.losses import Criterion
 from detr.matcher import Matcher
 
-FOCAL = preset("tiny_refine", cost_class=1.5, cost_bbox=4.0, cost_giou=3.0, loss_ce=1.2, loss_bbox=6.0, loss_giou=0.7)
+FOCAL = preset(
+    "tiny", two_stage=False, cost_class=1.5, cost_bbox=4.0, cost_giou=3.0, loss_ce=1.2, loss_bbox=6.0, loss_giou=0.7
+)
 TWO_STAGE = preset("tiny", focal_alpha=0.3)
 VARIFOCAL = preset("tiny", class_loss="varifocal", loss_ce=0.8)
-SOFTMAX = preset("tiny_refine", class_loss="softmax", eos_weight=0.2)
+SOFTMAX = preset("tiny", two_stage=False, class_loss="softmax", eos_weight=0.2)
 K, N = 3, 5
 
 

@@ -27,7 +27,7 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    return preset("tiny_refine", **VARIANTS[request.param])
+    return preset("tiny", **{"two_stage": False} | VARIANTS[request.param])
 
 
 def make_batch(*sizes: tuple[int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +80,8 @@ def test_parameter_counts_and_frozen_layers(name, millions):
 
 def test_tiny_is_tiny():
     assert (
-        sum(parameter.numel() for parameter in build_model(preset("tiny_refine"), 3).backbone.parameters()) == 457_872
+        sum(parameter.numel() for parameter in build_model(preset("tiny", two_stage=False), 3).backbone.parameters())
+        == 457_872
     )
 
 
@@ -103,7 +104,7 @@ def test_param_groups_have_the_rates_of_the_original(two_stage):
 
 
 def test_rate_zero_freezes_the_backbone():
-    config = preset("tiny_refine", lr_backbone=0)
+    config = preset("tiny", two_stage=False, lr_backbone=0)
     model = build_model(config, 3)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert [group["name"] for group in param_groups(model, config)] == ["rest", "offsets"]
@@ -111,7 +112,7 @@ def test_rate_zero_freezes_the_backbone():
 
 @pytest.mark.parametrize("name", ["refine", "plain_references", "two_stage"])
 def test_initialisation_of_the_original(name):
-    config = preset("tiny_refine", d_model=128, enc_layers=2, **VARIANTS[name])
+    config = preset("tiny", **{"two_stage": False} | VARIANTS[name], d_model=128, enc_layers=2)
     model = build_model(config, num_classes=4)
     prior = -math.log(0.99 / 0.01)
     n_heads = config.dec_layers + config.two_stage
@@ -153,7 +154,7 @@ def test_initialisation_of_the_original(name):
 
 
 def test_first_boxes_lie_on_the_reference_points():
-    model = build_model(preset("tiny_refine", refine=False), 3)
+    model = build_model(preset("tiny", two_stage=False, refine=False), 3)
     outputs = model(*make_batch((64, 64)))
     _, _, reference = model.transformer.learned_queries(model.query_embed.weight, 1)
     for prediction in (outputs, *outputs["aux"]):
@@ -186,7 +187,9 @@ def test_outputs_and_gradients(variant):
 
 
 def test_without_auxiliary_losses_only_the_last_layer_is_returned():
-    with_aux, without = (build_model(preset("tiny_refine", aux_loss=flag), 3).eval() for flag in (True, False))
+    with_aux, without = (
+        build_model(preset("tiny", two_stage=False, aux_loss=flag), 3).eval() for flag in (True, False)
+    )
     without.load_state_dict(with_aux.state_dict())
     batch = make_batch((64, 96))
     expected, outputs = with_aux(*batch), without(*batch)
@@ -197,7 +200,7 @@ def test_without_auxiliary_losses_only_the_last_layer_is_returned():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_padding_of_the_feature_maps_changes_nothing(name):
     """A transformer may not see what stands in the padding, nor how much of it there is."""
-    config = preset("tiny_refine", d_model=64, **VARIANTS[name])
+    config = preset("tiny", **{"two_stage": False} | VARIANTS[name], d_model=64)
     torch.manual_seed(0)
     model = build_model(config, 3).eval()
     perturb(model)
@@ -300,7 +303,7 @@ def test_two_stage_with_fewer_tokens_than_queries():
 
 
 def test_refinement_corrects_the_boxes_of_the_layer_before_without_a_gradient():
-    model = build_model(preset("tiny_refine", dec_layers=3), 3).eval()
+    model = build_model(preset("tiny", two_stage=False, dec_layers=3), 3).eval()
     perturb(model)
     decoder, states = model.transformer.decoder, []
     for layer in decoder.layers:
@@ -321,7 +324,7 @@ def test_refinement_corrects_the_boxes_of_the_layer_before_without_a_gradient():
 
 
 def test_own_level_only_ignores_the_other_levels():
-    config = preset("tiny_refine", own_level_only=True, enc_layers=1)
+    config = preset("tiny", two_stage=False, own_level_only=True, enc_layers=1)
     torch.manual_seed(0)
     transformer = Transformer(config).eval()
     perturb(transformer)
@@ -334,7 +337,7 @@ def test_own_level_only_ignores_the_other_levels():
     fine, middle, coarse = changed.split(sizes, 1)
     assert middle.all() and not fine.any() and not coarse.any()
     # and one level alone gives the same, as the attention has no parameter of a level
-    single = Transformer(preset("tiny_refine", own_level_only=True, enc_layers=1, n_levels=1)).eval()
+    single = Transformer(preset("tiny", two_stage=False, own_level_only=True, enc_layers=1, n_levels=1)).eval()
     state = transformer.state_dict()
     state["level_embed"] = state["level_embed"][:1]
     keys = [key for key in state if "cross_attn" in key]
@@ -344,7 +347,7 @@ def test_own_level_only_ignores_the_other_levels():
 
 
 def test_extra_levels_halve_the_last():
-    model = build_model(preset("tiny_refine", n_levels=5), 3)
+    model = build_model(preset("tiny", two_stage=False, n_levels=5), 3)
     levels = model._pyramid(torch.randn(2, 3, 128, 96))
     assert [tuple(level.shape) for level in levels] == [
         (2, 64, *size) for size in ((16, 12), (8, 6), (4, 3), (2, 2), (1, 1))
@@ -368,11 +371,11 @@ def test_autocast_keeps_boxes_and_logits_in_float32():
 
 def test_number_of_classes_is_checked():
     with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
-        build_model(PRESETS["tiny_refine"], 0)
+        build_model(PRESETS["tiny"], 0)
 
 
 def test_heads_and_references_are_float32_under_autocast():
-    model = build_model(preset("tiny_refine", refine=False), 3).eval()
+    model = build_model(preset("tiny", two_stage=False, refine=False), 3).eval()
     perturb(model)
     batch = make_batch((64, 96))
     exact = model(*batch)

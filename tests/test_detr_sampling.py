@@ -17,7 +17,7 @@ SMALL = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 6, "enc_layers
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_points_and_weights_give_the_result_of_the_attention(changes, layer):
     torch.manual_seed(0)
-    model = build_model(preset("tiny_refine", **SMALL, **changes), 2).eval()
+    model = build_model(preset("tiny", **{"two_stage": False} | SMALL | changes), 2).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -36,7 +36,9 @@ def test_the_points_and_weights_give_the_result_of_the_attention(changes, layer)
 
 
 def test_global_attention_has_no_points():
-    model = build_model(preset("tiny_refine", **SMALL, attention="global", n_levels=1, refine=False), 2).eval()
+    model = build_model(
+        preset("tiny", two_stage=False, **SMALL, attention="global", n_levels=1, refine=False), 2
+    ).eval()
     with pytest.raises(ValueError, match="attention: a model with global attention has no sampling points"):
         sampling_points(model, torch.randn(3, 48, 80))
 

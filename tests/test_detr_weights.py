@@ -227,7 +227,7 @@ def test_own_checkpoint_with_other_classes(tmp_path):
 
 
 def test_coco_heads_are_matched_by_coco_names(tmp_path):
-    config = preset("tiny_refine", **TINY, class_loss="softmax")
+    config = preset("tiny", two_stage=False, **TINY, class_loss="softmax")
     model = make_model(config, 91)
     torch.save(model.state_dict(), tmp_path / "coco.pth")
     again = build_model(config, 3)
@@ -238,7 +238,7 @@ def test_coco_heads_are_matched_by_coco_names(tmp_path):
 
 
 def test_same_classes_in_another_order(tmp_path):
-    config = preset("tiny_refine", **TINY)
+    config = preset("tiny", two_stage=False, **TINY)
     model = make_model(config)
     torch.save({"model": model.state_dict(), "class_names": NAMES}, tmp_path / "checkpoint.pt")
     again = build_model(config, 5)
@@ -248,7 +248,7 @@ def test_same_classes_in_another_order(tmp_path):
 
 @pytest.mark.parametrize("num_classes", [5, 4])
 def test_unknown_classes_are_taken_if_as_many(num_classes, tmp_path):
-    config = preset("tiny_refine", **TINY)
+    config = preset("tiny", two_stage=False, **TINY)
     model = make_model(config)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     again = build_model(config, num_classes)
@@ -262,10 +262,10 @@ def test_unknown_classes_are_taken_if_as_many(num_classes, tmp_path):
 
 
 def test_other_numbers_of_queries_and_levels(tmp_path):
-    config = preset("tiny_refine", **TINY)
+    config = preset("tiny", two_stage=False, **TINY)
     model = make_model(config)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    again = build_model(preset("tiny_refine", **TINY | {"n_queries": 12}, n_levels=4), 5)
+    again = build_model(preset("tiny", two_stage=False, **TINY | {"n_queries": 12}, n_levels=4), 5)
     before = again.query_embed.weight.clone()
     report = load_weights(again, tmp_path / "weights.pth")
     assert report.reshaped == ["query_embed.weight"]
@@ -277,7 +277,7 @@ def test_other_numbers_of_queries_and_levels(tmp_path):
 
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
 def test_where_the_weights_of_a_file_are(key, tmp_path):
-    source, target = (build_model(preset("tiny_refine", **TINY), 2) for _ in range(2))
+    source, target = (build_model(preset("tiny", two_stage=False, **TINY), 2) for _ in range(2))
     torch.save({key: source.state_dict(), "epoch": 3} if key else source.state_dict(), tmp_path / "file.pth")
     assert not load_weights(target, tmp_path / "file.pth").missing
     assert_same_weights(target, source)
@@ -367,7 +367,7 @@ def write_foreign_head(path):
 def test_bad_files(name, write, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / name)
-    model = build_model(preset("tiny_refine", **TINY), 2)
+    model = build_model(preset("tiny", two_stage=False, **TINY), 2)
     before = copy.deepcopy(model)
     with pytest.raises(ValueError) as error:
         load_weights(model, tmp_path / name)
@@ -377,7 +377,7 @@ def test_bad_files(name, write, message, tmp_path, monkeypatch):
 
 
 def test_bad_arguments(tmp_path):
-    model = build_model(preset("tiny_refine", **TINY), 2)
+    model = build_model(preset("tiny", two_stage=False, **TINY), 2)
     with pytest.raises(ValueError, match="class_names: expected 2 of them, got 1"):
         load_weights(model, tmp_path, ["cat"])
     with pytest.raises(ValueError, match="layout: expected official or hf, got 'mmdet'"):
