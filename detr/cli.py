@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument(
         "--large",
         action="store_true",
-        help="few images with one large animal or some, instead of shapes",
+        help="few images with one or more large animals, instead of shapes",
     )
     synth.add_argument("--train", type=number(int, 1, _IMAGES), help="training images (2000; 160 with --large)")
     synth.add_argument("--val", type=number(int, 1, _IMAGES), default=200, help="validation images (%(default)s)")
