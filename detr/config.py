@@ -222,7 +222,7 @@ def _words(declared: dataclasses.Field) -> str:
     return f"{number} {span}{'' if kind in (int, float) else ', or null'}"
 
 
-# For few photographs and some minutes on a CPU, from nothing; what each choice is worth is in docs/learning.md.
+# For few photographs and some minutes on a CPU, from nothing; docs/learning.md says what was measured of each choice.
 _TINY = Config(
     name="tiny",
     backbone="small",
