@@ -57,8 +57,9 @@ class Pyramid(nn.Module):
 def build(num_classes: int, config: Config, body: str) -> FasterRCNN:
     """The model, made for small images and a CPU: with torchvision's own numbers a step takes several times as long.
 
-    Its anchors are of 1/10 to 1.6 times the shorter side; a pyramid of 128 channels instead of 256; 64 boxes of an
-    image in a step instead of 512, and 256 features of each instead of 1024; 300 proposals instead of 1000 and more.
+    Its anchors are of 0.1 to 1.6 times the shorter side (body "small": 0.15 to 1.5); a pyramid of 128 channels instead
+    of 256; 64 boxes of an image in a step instead of 512, and 256 features of each instead of 1024; 300 proposals
+    instead of 1000 and more.
     """
     parts = (0.1, 0.2, 0.4, 0.8, 1.6) if body == "resnet18" else (0.15, 0.35, 0.75, 1.5)
     sizes = tuple((config.image_size * part,) for part in parts)
@@ -99,7 +100,7 @@ def wanted(images: list[Tensor], targets: list[dict]) -> list[dict]:
 
 
 def evaluated(model: FasterRCNN, loader: torch.utils.data.DataLoader) -> dict[str, float]:
-    """What `benchmarks.learning` says of our own models, but for what the images of the training are evaluated for."""
+    """What `benchmarks.learning` says of our own models, except `AP_train`."""
     model.eval()
     detections = {}
     with torch.inference_mode():

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--steps", type=int, help="optimiser steps (the preset's)")
-    parser.add_argument("--minutes", type=float, help="as of `detr train`")
+    parser.add_argument("--minutes", type=float, help="as of `detr train`, without the time to import libraries")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, default=CSV)

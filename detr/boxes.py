@@ -12,12 +12,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1)
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Inverse of `cxcywh_to_xyxy`."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) * 0.5, high - low], -1)
-
-
 def iou_and_generalized_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU (arXiv 1902.09630) of boxes given as corners, elementwise over broadcast dimensions.
 

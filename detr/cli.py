@@ -112,9 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    synth = add(
-        "synth", _synth, "Write a synthetic dataset: coloured shapes on textured backgrounds, JPEG and COCO json."
-    )
+    text = "Write a synthetic dataset, JPEG and COCO json: coloured shapes, or large animals, on textured backgrounds."
+    synth = add("synth", _synth, text)
     synth.add_argument("out", type=path, help="folder to write to")
     synth.add_argument(
         "--large",

@@ -55,7 +55,7 @@ class Config:
         ValueError: a field is of another type or out of its range, or some do not fit together; the message names it.
     """
 
-    name: str = "deformable_detr_r50"  # preset it came from; for people and file names only
+    name: str = "deformable_detr_r50"  # the preset it came from, which `departures` compares it with
 
     # model
     # one of BACKBONES: torchvision's, or a small one to train from scratch
@@ -81,7 +81,8 @@ class Config:
     # with two stages: "pure" makes position and content of a query from its proposal (appendix A.4), "mixed" learns the
     # content (arXiv 2203.03605, section 3.4)
     query_selection: str = _one_of("pure", ("pure", "mixed"))
-    # with two stages: a proposal that a better one overlaps by more than this IoU comes after all others; 1 moves none
+    # with two stages: of the best 4 * n_queries proposals, those that a better and kept one overlaps by more than this
+    # IoU come after the others; 1 moves none
     proposal_nms: float = _in(1.0, 0, 1)
     aux_loss: bool = True  # losses on every decoder layer, not only the last; those of noised boxes are on all anyway
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
@@ -107,15 +108,15 @@ class Config:
     # data
     # pixels; the shortest side at evaluation, and if augment is not "official" the resize target
     image_size: int = _in(800, 32, PIXELS)
-    max_size: int = _in(1333, 32, 1_000_000)  # pixels; the longest side stays below this
-    # "official": flip, multi-scale resize, crop; "tiny": flip at one size; "window": the same, and a random part of the
-    # image or the image within a margin
+    max_size: int = _in(1333, 32, 1_000_000)  # pixels; the longest side is this at most
+    # "official": flip, multi-scale resize, crop; "tiny": flip at one size; "window": the same, and with probability 1/2
+    # a random part of the image or the image within a margin, but not in the first eight passes over the images
     augment: str = _one_of("official", ("official", "tiny", "window"))
     # the images of a step are all tall or all not, and are padded less; those that are left over in an epoch are mixed
     shape_groups: bool = False
 
     # training
-    recipe: str = _one_of("official", RECIPES)  # one of RECIPES, which the fields below come from; for people
+    recipe: str = _one_of("official", RECIPES)  # where RECIPE_FIELDS come from; `departures` compares them
     lr: float = _in(2e-4, 0, 1)  # AdamW learning rate of everything that has no rate of its own
     lr_backbone: float = _in(2e-5, 0, 10)  # of the backbone; 0 freezes it
     lr_offsets_mult: float = _in(0.1, 0, 100)  # factor on lr for sampling offsets and reference points
@@ -222,7 +223,8 @@ def _words(declared: dataclasses.Field) -> str:
     return f"{number} {span}{'' if kind in (int, float) else ', or null'}"
 
 
-# For few photographs and some minutes on a CPU, from nothing; docs/learning.md says what was measured of each choice.
+# For few photographs and some minutes on a CPU, from nothing; docs/learning.md and benchmarks/NOTES.md have what was
+# measured.
 _TINY = Config(
     name="tiny",
     backbone="small",

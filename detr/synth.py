@@ -28,8 +28,9 @@ def write_dataset(
 ) -> None:
     """Write `root`/instances_{train,val}.json and the JPEG files `root`/{train,val}/*.jpg.
 
-    Image i of a split depends on (seed, split, i) alone. Objects have a side of 10 to 60 pixels at size 128 and in
-    proportion at others, overlap, and are annotated by the box of what is visible of them.
+    Image i of a split depends on (seed, split, i) alone. Shapes have a side of 10 to 60 pixels at size 128 and in
+    proportion at others, large animals one of a quarter of the image to more than all of it. Objects overlap, and are
+    annotated by the box of what is visible of them.
 
     Args:
         n_train, n_val: images. size: width and height of every image, in pixels.
@@ -122,7 +123,7 @@ def _clutter(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _muted(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background in the colours of earth and fur: objects cannot be told by their colour alone."""
+    """A texture with a quarter of its colour: objects cannot be told by their colour alone."""
     picture = _background(rng, size)
     grey = picture.mean(2, keepdims=True)
     return grey + MUTED * (picture - grey)
