@@ -17,7 +17,9 @@ from detr.trainer import Trainer, TrainingError
 from detr.transforms import early
 
 _TRIAL = 0.04  # share of the time for the trial of steps, and again for that of an evaluation
-_RESERVE = 0.16  # share for the pictures at the end, and for steps slower than those of the trial: 15 % was seen
+# share for the pictures at the end, and for steps slower than those of the trial: by 13 % on a quiet machine, 22 % on a
+# shared one
+_RESERVE = 0.16
 _WARM_UP = 3  # first steps, which allocate and compile: not timed
 _STEPS = 50  # of a trial, at most
 
