@@ -21,8 +21,8 @@ CONFIG_FLAGS = {
     "batch_size": (int, "images per optimiser step, over all processes and accumulated batches"),
     "accumulate": (
         int,
-        "batches that a process computes one after the other for a step, to save memory; 0, for all presets "
-        "but tiny: enough for 2 images at most in each",
+        "batches that a process computes one after the other for a step, to save memory; 0, the default of "
+        "all presets but tiny: so many that each has at most 2 images",
     ),
     "lr": (float, "AdamW learning rate; that of the backbone keeps its ratio to it"),
     "image_size": (int, "shortest side of an image in the model, pixels; the longest allowed follows it"),

@@ -221,8 +221,6 @@ def test_gradient_checkpointing_changes_no_gradient(splits):
 def test_compiled_without_a_graph_break(splits, monkeypatch):
     # Dynamo's graph is what may break; to compile it with Inductor would take minutes
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    # and the graph for images of every size at once, which would be the second one
-    monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", False)
     changes = {"enc_layers": 1, "dec_layers": 1, "dropout": 0.0, "augment": "official", "max_size": 100, "steps": 3}
     small = {name: getattr(SMALL, name) for name in ("d_model", "n_heads", "ffn_dim", "n_queries", "image_size")}
     config = preset("tiny", **small, **changes, n_levels=2, batch_size=2, grad_checkpointing=True, amp="bf16")
