@@ -23,8 +23,9 @@ from benchmarks.learning import CSV, after_nms, best_thresholds, detections_of_e
 from detr.backbone import build_backbone
 from detr.boxes import cxcywh_to_xyxy
 from detr.config import Config, preset
-from detr.data import CocoDataset, TrainingStream, find_split, load_split, make_loader, validation_loader
+from detr.data import DetectionDataset, TrainingStream, make_loader, validation_loader
 from detr.evaluate import coco_metrics
+from detr.load import load_split
 from detr.transforms import early, training_transform
 
 LR, MOMENTUM, DECAY = 0.02, 0.9, 1e-4
@@ -138,11 +139,11 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     config = preset("tiny", image_size=options.image_size, max_size=2 * options.image_size, seed=options.seed)
-    train, val = (load_split(*find_split(options.data, name)) for name in ("train", "val"))
+    train, val = (load_split(options.data, name) for name in ("train", "val"))
     device = torch.device("cpu")
     torch.manual_seed(options.seed)
     model = build(len(train.class_names), config, options.body)
-    dataset = CocoDataset(train, training_transform(config), (config.image_size, config.max_size))
+    dataset = DetectionDataset(train, training_transform(config), (config.image_size, config.max_size))
     loader = validation_loader(val, config, device)
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY)
     start = time.perf_counter()

@@ -23,8 +23,9 @@ from torchvision.ops import batched_nms, box_iou
 
 from detr import backbone
 from detr.config import Config, preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
 from detr.evaluate import coco_metrics, detect
+from detr.load import load_split
 from detr.pace import set_pace
 from detr.split import Split
 from detr.trainer import Trainer
@@ -107,7 +108,7 @@ def write_row(path: Path, row: dict) -> None:
 def train(config: Config, folder: Path, minutes: float | None) -> dict[str, float]:
     """Train and evaluate; the numbers of the row."""
     began = time.perf_counter()
-    split, val = (load_split(*find_split(folder, name)) for name in ("train", "val"))
+    split, val = (load_split(folder, name) for name in ("train", "val"))
     device = torch.device("cpu")
     trainer = Trainer(config, split, device)
     loader = validation_loader(val, config, device)

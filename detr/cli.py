@@ -15,21 +15,23 @@ from detr.config import BATCH, COUNT, FORMATS, MAX_DETS, NODES, PIXELS, PRESETS,
 from detr.errors import DataError, UserError
 from detr.flags import (
     Parser,
+    add_data_flags,
     add_flags,
     add_reading_flags,
     checkpoint_of,
+    hold_out_of,
     number,
     path,
     place,
     reading_of,
     run_folder_of,
-    scaled_preset,
 )
 
 # The commands import what they need by themselves: with PyTorch and its kin `detr --help` would take ten seconds.
 
 EX_SOFTWARE = 70  # of sysexits.h
 _WORKERS = 256  # the most processes that load images
+_DATA = "folder of the dataset (COCO, YOLO or Pascal VOC, exported by Roboflow too), or a data.yaml"
 _IMAGES = 1_000_000  # the most that are drawn for a split
 
 
@@ -104,7 +106,7 @@ def _keep_traceback(options: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="detr", description="Train and use Deformable DETR on COCO-format data.")
+    parser = Parser(prog="detr", description="Train and use Deformable DETR on your own boxes.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -132,10 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     check = add(
         "check-data", _check_data, "Look for every fault of a dataset that would spoil a training; exit code 1 if any."
     )
-    check.add_argument("data", type=path, help="folder of the dataset")
+    check.add_argument("data", type=path, help=_DATA)
     _add_split_names(check, "train")
     _add_split_names(check, "val")
-    add_reading_flags(check)
+    add_data_flags(check)
     check.add_argument(
         "--preset",
         choices=PRESETS,
@@ -147,23 +149,44 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--n-queries", type=number(int), help="most objects that the model can find (the preset's)")
     check.add_argument("--json", type=path, help="also write everything that was found to this file")
 
+    conversion = add("convert", _convert, "Write a dataset of any format that is read, as COCO json or as YOLO.")
+    conversion.add_argument("data", type=path, metavar="SRC", help=_DATA)
+    conversion.add_argument("out", type=path, metavar="OUT", help="folder to write to")
+    conversion.add_argument("--to", choices=("coco", "yolo"), default="coco", help="format to write (%(default)s)")
+    conversion.add_argument(
+        "--images",
+        choices=("copy", "link"),
+        default="copy",
+        help="copy the image files, or make symbolic links to them (%(default)s)",
+    )
+    add_data_flags(conversion, divided=False)
+
     training = add("train", _train, "Train a detector; the run directory can be resumed after any interruption.")
-    training.add_argument("--data", type=path, help="folder of a COCO-format dataset")
+    training.add_argument(
+        "--data",
+        type=path,
+        help=_DATA,
+    )
     _add_split_names(training, "train")
     _add_split_names(training, "val")
-    add_reading_flags(training)
+    add_data_flags(training)
     add_flags(training)
     _add_device_and_workers(training)
 
     evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
-    evaluation.add_argument("--data", type=path, required=True, help="folder of a COCO-format dataset")
+    evaluation.add_argument(
+        "--data",
+        type=path,
+        required=True,
+        help=_DATA,
+    )
     evaluation.add_argument("--split", default="val", help="train, val, test, ... (%(default)s)")
     evaluation.add_argument("--images", type=path, help="image folder, if its name is another")
     evaluation.add_argument("--annotations", type=path, help="json, if its name is another")
     evaluation.add_argument(
         "--checkpoint", type=path, required=True, help="best.pt or checkpoint.pt of a run, or its folder"
     )
-    add_reading_flags(evaluation)
+    add_data_flags(evaluation)
     evaluation.add_argument(
         "--batch-size", type=number(int, 1, BATCH), help="images of one size at once (as in the training)"
     )
@@ -273,38 +296,15 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from detr.check_data import by_kind, check_pair, check_split
-    from detr.data import find_split, make_split
-    from detr.output import claim_file, json_of, write_file
-    from detr.summary import summary, summary_table
+    from detr.cli_data import run_check
 
-    if options.json:
-        claim_file(options.json, "detr check-data")
-    overrides = {name: getattr(options, name) for name in ("image_size", "n_queries")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    config = scaled_preset(options.preset, None, **overrides)
-    report, fatal, splits, reading = {}, 0, {}, reading_of(vars(options))
-    for split in ("train", "val"):
-        json_path, image_dir = find_split(
-            options.data, split, getattr(options, f"{split}_json"), getattr(options, f"{split}_images")
-        )
-        categories = splits["train"].categories if splits else None
-        data, problems = check_split(json_path, image_dir, "pixels", categories, config, reading)
-        print(f"{json_path}, for {config.name} at {config.image_size} pixels")
-        if not any(problem.fatal for problem in problems):
-            report[split] = summary(data, config)
-            splits[split] = make_split(data, json_path, image_dir, categories, reading)
-            print(summary_table(report[split]))
-        if len(splits) == 2:
-            problems += check_pair(splits["train"], splits["val"])
-        for line in by_kind(problems):
-            print(f"  {line}")
-        report[f"{split}_problems"] = [vars(problem) for problem in problems]
-        fatal += sum(problem.fatal for problem in problems)
-    if options.json:
-        write_file(options.json, json_of(report, "detr check-data"), "detr check-data")
-    print("fatal problems:", fatal)
-    return 1 if fatal else 0
+    return run_check(options)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from detr.cli_data import run_conversion
+
+    return run_conversion(options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -315,16 +315,21 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from detr import checkpoint
-    from detr.data import find_split, load_split, validation_loader
+    from detr.data import validation_loader
     from detr.evaluate import evaluate, per_class_table
+    from detr.load import dataset_of, load_to_evaluate
     from detr.output import claim_file, json_of, write_file
 
     device = _device(options)
     if options.out:
         claim_file(options.out, "detr eval")
     model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), device)
-    files = find_split(options.data, options.split, options.annotations, options.images)
-    split = load_split(*files, categories, reading=reading_of(vars(options)))
+    flags = vars(options)
+    named = {f"{options.split}_json": options.annotations, f"{options.split}_images": options.images}
+    dataset = dataset_of(flags | named)
+    split, said = load_to_evaluate(dataset, options.split, categories, reading_of(flags), hold_out_of(flags))
+    if said:
+        print(said)
     val = validation_loader(split, config, device, options.workers, options.batch_size)
     metrics, table = evaluate(model, val, device, options.max_dets)
     if options.out:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from detr import checkpoint, distributed, resume, run_folder
-from detr.check_data import check_pair
 from detr.config import Config, departures
-from detr.data import find_split, load_split, raise_or_warn, validation_loader
+from detr.data import validation_loader
 from detr.engine import train
 from detr.errors import DataError
-from detr.flags import CONFIG_FLAGS, SWITCHES, checkpoint_of, new_config, reading_of, run_folder_of
+from detr.flags import CONFIG_FLAGS, SWITCHES, checkpoint_of, hold_out_of, new_config, reading_of, run_folder_of
+from detr.load import dataset_of, read_parts
 from detr.pace import set_pace
+from detr.problems import raise_or_warn
 from detr.split import Split
 from detr.trainer import Trainer
 from detr.weights import Report, load_weights
@@ -63,13 +64,11 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
                 raise DataError("--accept-changed-data: expected --resume beside it")
             config, data, categories = new_config(options), distributed.from_main(lambda: _data(options)), None
 
-        # the main process looks at the files first: one message for a fault, and no storm of reads
-        splits = _load(data, config, categories, read_headers=True) if main else {}
-        content = {name: split.content() for name, split in splits.items()}
+        # the main process alone looks at the files: one message for a fault, and no storm of reads
+        splits, content = distributed.from_main(lambda: _load(data, config, categories))
         if main and options.resume:
             resume.check_same_data(state, content, path, options.accept_changed_data)
-        data["content"] = distributed.from_main(lambda: content)
-        splits = splits or _load(data, config, categories, read_headers=False)
+        data["content"] = content
         fresh = not (options.resume or options.weights)
         trainer = Trainer(config, splits["train"], device, options.workers, fresh=fresh)
         val = validation_loader(splits["val"], config, device, options.workers)
@@ -127,7 +126,8 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     if options.data is None:
         raise DataError("--data: expected the folder of a dataset, got nothing")
     data: dict[str, Any] = _places(options)
-    data |= {name: value for name in ("exif", "large_images") if (value := getattr(options, name))}
+    names = ("format", "classes", "val_fraction", "split_seed", "exif", "large_images")
+    data |= {name: value for name in names if _is_given(value := getattr(options, name))}
     if options.wandb:
         if not importlib.util.find_spec("wandb"):
             raise DataError("--wandb: the package wandb is not installed")
@@ -135,18 +135,22 @@ def _data(options: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False  # a seed may be 0
+
+
 def _load(
-    data: dict[str, Any], config: Config, categories: dict[int, str] | None, read_headers: bool
-) -> dict[str, Split]:
-    splits: dict[str, Split] = {}
-    for name in ("train", "val"):
-        given = (Path(data[key]) if key in data else None for key in (f"{name}_json", f"{name}_images"))
-        files = find_split(Path(data["data"]), name, *given)
-        splits[name] = load_split(*files, categories, read_headers, config, reading_of(data))
-        categories = splits[name].categories
-    if read_headers:
-        raise_or_warn(check_pair(splits["train"], splits["val"]))
-    return splits
+    data: dict[str, Any], config: Config, categories: dict[int, str] | None
+) -> tuple[dict[str, Split], dict[str, dict[str, Any]]]:
+    """The splits "train" and "val", and what a run remembers of each."""
+    dataset = dataset_of(data)
+    parts, said = read_parts(dataset, categories, config, reading_of(data), hold_out=hold_out_of(data))
+    for part in parts.values():
+        raise_or_warn(part.problems)
+    if said:
+        print(said)
+    splits = {name: part.split for name, part in parts.items()}
+    return splits, {name: split.content() for name, split in splits.items()}
 
 
 def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
@@ -187,7 +191,8 @@ def _introduce(trainer: Trainer, val: Split, out: Path) -> None:
 def _resumed_config(options: argparse.Namespace, state: dict[str, Any], path: Path) -> Config:
     changed = [name for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)] + options.set
     others = ("preset", "out", "recipe", "minutes", "wandb", "weights", "no_pretrained", "exif", "large_images")
-    changed += [name for name in others if getattr(options, name)]
+    others += ("format", "classes", "val_fraction", "split_seed")
+    changed += [name for name in others if _is_given(getattr(options, name))]
     if changed:
         raise DataError(f"--resume continues the run as it was: {changed[0]} cannot be changed")
     config = checkpoint.config_of(state, path)

@@ -1,12 +1,9 @@
-"""COCO-format datasets: finding the files, the validated split, the torch datasets and the collate function."""
+"""From the images and boxes of a split to batches: the torch datasets, the collate function and the loaders."""
 
 import os
 import signal
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,130 +12,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from detr import distributed
-from detr.check_data import Problem, by_kind, check_split
 from detr.config import Config
 from detr.errors import DataError
-from detr.images import DEFAULT_READING, Reading, read_image, to_tensor
-from detr.progress import progress
-from detr.split import LARGEST_AREA, Annotated, Split
+from detr.images import for_each, read_image, to_tensor
+from detr.split import Split
 from detr.transforms import evaluation_transform, noised, resize, resized_size
 
-# (json, image folder) of COCO 2017's layout and of the flat one
-LAYOUTS = (
-    ("annotations/instances_{split}2017.json", "{split}2017"),
-    ("annotations/instances_{split}.json", "{split}"),
-    ("instances_{split}.json", "{split}"),
-)
 # resized images are kept in memory if all of a split take no more than this
 CACHE_BYTES = 1 << 30
 # images that are tried, one after the other, in the place of one that cannot be read
 SUBSTITUTES = 20
 
 
-def find_split(
-    root: Path, split: str, json_path: Path | None = None, image_dir: Path | None = None
-) -> tuple[Path, Path]:
-    """The json and the image folder of `split` ("train", "val", ...) under `root`, in one of `LAYOUTS`.
-
-    Args:
-        json_path, image_dir: names given by the user, absolute or relative to root; they win over the layouts.
-
-    Raises:
-        DataError: there is no such json or folder; names what was looked for.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root}: expected a folder with a COCO-format dataset, found none")
-    jsons = [json_path] if json_path else [Path(name.format(split=split)) for name, _ in LAYOUTS]
-    dirs = [image_dir] if image_dir else [Path(name.format(split=split)) for _, name in LAYOUTS]
-    found_json = next((root / path for path in jsons if (root / path).is_file()), None)
-    found_dir = next((root / path for path in dirs if (root / path).is_dir()), None)
-    for found, looked_for, kind in ((found_json, jsons, "json"), (found_dir, dirs, "image folder")):
-        if found is None:
-            names = " or ".join(dict.fromkeys(map(str, looked_for)))
-            raise DataError(f"{root}: no {kind} of the split {split!r}: looked for {names}")
-    return found_json, found_dir
-
-
-def load_split(
-    json_path: Path,
-    image_dir: Path,
-    categories: dict[int, str] | None = None,
-    read_headers: bool = True,
-    config: Config | None = None,
-    reading: Reading = DEFAULT_READING,
-) -> Split:
-    """Read and validate one json and the headers of its images. Warns once about each kind of problem, with its count.
-
-    Args:
-        read_headers: False trusts the json about the images, because another process has looked at them.
-        config: of the model that is to be trained; warns of what does not go well with it.
-        categories: the classes that the labels shall mean, id -> name (those of the training set or of a checkpoint);
-            None takes those of the json, in the order of their ids.
-
-    Raises:
-        DataError: a fatal problem (`check_data`); the message names file, id and field, and how many more there are.
-    """
-    look = "headers" if read_headers else "json"
-    data, problems = check_split(json_path, image_dir, look, categories, config, reading)
-    raise_or_warn(problems)
-    return make_split(data, json_path, image_dir, categories, reading)
-
-
-def raise_or_warn(problems: list[Problem]) -> None:
-    """Stop at the first fatal problem; else warn once for each kind, with its count and first case.
-
-    Raises:
-        DataError: there is a fatal one.
-    """
-    fatal = [problem for problem in problems if problem.fatal]
-    if fatal:
-        more = f" (and {len(fatal) - 1} more; `detr check-data` lists them)" if len(fatal) > 1 else ""
-        raise DataError(f"{fatal[0]}{more}")
-    for line in by_kind(problems):
-        warnings.warn(line.removeprefix("warning "), stacklevel=3)
-
-
-def make_split(
-    data: dict[str, Any],
-    json_path: Path,
-    image_dir: Path,
-    categories: dict[int, str] | None = None,
-    reading: Reading = DEFAULT_READING,
-) -> Split:
-    """The split of a json in which `check_split` found nothing fatal; arguments as of `load_split`."""
-    if categories is None:
-        categories = dict(sorted((category["id"], category["name"]) for category in data["categories"]))
-    label_of = {category_id: label for label, category_id in enumerate(categories)}
-    per_image = defaultdict(list)
-    for annotation in data["annotations"]:
-        per_image[annotation["image_id"]].append(annotation)
-    images = [_annotated(entry, per_image[entry["id"]], image_dir, label_of) for entry in data["images"]]
-    return Split(json_path, image_dir, images, categories, reading)
-
-
-def _annotated(
-    entry: dict[str, Any], annotations: list[dict[str, Any]], root: Path, label_of: dict[int, int]
-) -> Annotated:
-    xywh = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float64).reshape(-1, 4)
-    boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).clamp(min=0)
-    boxes = boxes.minimum(torch.tensor([entry["width"], entry["height"]] * 2, dtype=torch.float64))
-    sides, boxes = boxes[:, 2:] - boxes[:, :2], boxes.float()
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    known = (a.get("area", 0) for a in annotations)
-    areas = torch.tensor([area if area <= LARGEST_AREA else 0 for area in known], dtype=torch.float64)
-    return Annotated(
-        image_id=entry["id"],
-        path=root / entry["file_name"],
-        width=entry["width"],
-        height=entry["height"],
-        boxes=boxes[kept],
-        labels=torch.tensor([label_of[a["category_id"]] for a in annotations], dtype=torch.int64)[kept],
-        areas=torch.where(areas > 0, areas, sides.prod(1))[kept],
-        crowd=torch.tensor([bool(a.get("iscrowd", 0)) for a in annotations], dtype=torch.bool)[kept],
-    )
-
-
-class CocoDataset(Dataset):
+class DetectionDataset(Dataset):
     """Item i: (image [3, H, W] as `transform` makes it, target) of image i of the split.
 
     The target has "labels" [T] int64, "boxes" [T, 4] cxcywh in [0, 1], "image_id" int and "orig_size" [2] int64 (h, w);
@@ -170,26 +56,20 @@ class CocoDataset(Dataset):
         self.cache: list[Tensor | None] | None = None  # None where a file cannot be read
         pixels = sum(height * width for height, width in self.sizes(range(len(self))))
         if resize_to is not None and 3 * pixels <= CACHE_BYTES:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                reading = pool.map(self._read_if_possible, split.images)
-                name = f"reading {split.image_dir}"
-                self.cache = list(progress(reading, desc=name, total=len(split.images), leave=False, delay=2))
+            found = for_each(self._read, range(len(self)), f"reading {split.image_dir}")
+            self.cache = [None if isinstance(pixels, DataError) else pixels for pixels in found]
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that is started to load images: it reads them itself. One that is forked shares the memory."""
         return self.__dict__ | {"cache": None}
 
-    def _read_if_possible(self, image: Annotated) -> Tensor | None:
-        try:
-            return self._read(image)
-        except DataError:
-            return None
-
-    def _read(self, image: Annotated) -> Tensor:
+    def _read(self, index: int) -> Tensor:
+        image = self.split.images[index]
         try:
             pixels = to_tensor(read_image(image.path, (image.width, image.height), self.split.reading))
         except DataError as error:
-            raise DataError(f"{self.split.json_path}: image {image.image_id}: {image.path}: {error}") from None
+            where = "".join(f"{part}: " for part in self.split.place(index) if part and part != str(image.path))
+            raise DataError(f"{where}{image.path}: {error}") from None
         return pixels if self.resize_to is None else resize(pixels, *self.resize_to)
 
     def __len__(self) -> int:
@@ -209,7 +89,7 @@ class CocoDataset(Dataset):
         orig_size = torch.tensor([image.height, image.width])
         try:
             kept = self.cache and self.cache[index]
-            pixels = self._read(image) if kept is None else kept
+            pixels = self._read(index) if kept is None else kept
         except DataError as error:
             if not self.blank_unreadable:
                 raise
@@ -244,7 +124,7 @@ class TrainingStream(Dataset):
 
     def __init__(
         self,
-        dataset: CocoDataset,
+        dataset: DetectionDataset,
         seed: int,
         batch: int = 1,
         rank: int = 0,
@@ -349,7 +229,7 @@ def _map(target: dict[str, Any], kind: type, function: Callable) -> dict[str, An
 
 
 def make_loader(
-    dataset: CocoDataset | TrainingStream,
+    dataset: DetectionDataset | TrainingStream,
     batches: Iterable[Sequence[int]],
     device: torch.device,
     workers: int | None = None,
@@ -390,7 +270,9 @@ def validation_loader(
     Args:
         batch_size: images at a time; None takes as many as a process has at a time in training.
     """
-    dataset = CocoDataset(split, evaluation_transform(), (config.image_size, config.max_size), blank_unreadable=True)
+    dataset = DetectionDataset(
+        split, evaluation_transform(), (config.image_size, config.max_size), blank_unreadable=True
+    )
     rank, world = distributed.rank(), distributed.world_size()
     batch_size = batch_size or max(1, config.batch_size // config.accumulated_batches(world) // world)
     batches = same_size_batches(dataset.sizes(range(len(dataset))), batch_size)

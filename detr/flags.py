@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from detr.config import BACKENDS, MAX_PIXELS, PRESETS, RECIPE_FIELDS, RECIPES, Config, preset, short
+from detr.config import BACKENDS, MAX_PIXELS, PRESETS, RECIPE_FIELDS, RECIPES, SEED, Config, preset, short
 from detr.errors import DataError
 
 if TYPE_CHECKING:
     from detr.images import Reading
+
+DATA_FORMATS = ("coco", "roboflow", "yolo", "voc")  # the keys of detr.formats.FORMATS
+VAL_FRACTION = 0.2
 
 # flags that replace a field of the preset: type or choices, text
 CONFIG_FLAGS = {
@@ -75,6 +78,14 @@ def place(text: str) -> str:
 def path(text: str) -> Path:
     """The type of an argument that names a file or a folder, see `place`."""
     return Path(place(text))
+
+
+def names(text: str) -> list[str]:
+    """The type of an argument that is a list of names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, no two the same, got {short(text)}")
+    return found
 
 
 def checkpoint_of(place: Path) -> Path:
@@ -211,6 +222,38 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
         help=f"also read images of more than {MAX_PIXELS / 1e6:.0f} million pixels (refused, as files that are made to "
         "fill the memory)",
     )
+
+
+def add_data_flags(parser: argparse.ArgumentParser, divided: bool = True) -> None:
+    """The flags that say how a dataset is read.
+
+    Args:
+        divided: also those that hold images out for a dataset without a split `val`.
+    """
+    parser.add_argument(
+        "--format", choices=DATA_FORMATS, help="of the dataset, where its folder could be of several (found out)"
+    )
+    parser.add_argument(
+        "--classes",
+        type=names,
+        metavar="A,B,...",
+        help="names of the classes of Pascal VOC, in their order (classes.txt in the folder, else the alphabet's)",
+    )
+    if divided:
+        parser.add_argument(
+            "--val-fraction",
+            type=number(float, 0.001, 0.999),
+            metavar="F",
+            help="of the training images, held out where the dataset has no split val (0.2)",
+        )
+        parser.add_argument("--split-seed", type=number(int, 0, SEED), metavar="N", help="which images these are (0)")
+    add_reading_flags(parser)
+
+
+def hold_out_of(flags: dict[str, Any]) -> tuple[float, int] | None:
+    """(fraction, seed) of images held out for validation, from the values of `add_data_flags`; None if not given."""
+    fraction, seed = flags.get("val_fraction"), flags.get("split_seed")
+    return None if fraction is None and seed is None else (fraction or VAL_FRACTION, seed or 0)
 
 
 def reading_of(flags: dict[str, Any]) -> "Reading":

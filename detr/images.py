@@ -5,9 +5,11 @@ import contextlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor
 from detr.config import MAX_PIXELS
 from detr.errors import DataError
 from detr.labels import draw_labels
+from detr.progress import progress
+
+T, U = TypeVar("T"), TypeVar("U")
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # what Pillow raises on damaged files, apart from the subclasses of OSError
@@ -54,6 +59,7 @@ DEFAULT_READING = Reading()
 class Header:
     """What is known of an image file without decoding it."""
 
+    size: tuple[int, int]  # (width, height) of the pixels as they are read
     orientation: int  # of EXIF, 1 to 8; 1 if there is none
     turn: bool  # whether the pixels are turned as the orientation says
     doubtful: bool  # whether the size of the annotations fits both the turned pixels and the stored ones
@@ -71,6 +77,19 @@ def read_header(path: Path, size: tuple[int, int] | None = None, reading: Readin
     """
     with _open(path, reading) as image:
         return _header(image, size, reading)
+
+
+def for_each(function: Callable[[T], U], images: Sequence[T], text: str) -> list[U | DataError]:
+    """What `function` gives for each image, several at a time, with a progress bar; the error where it raises one."""
+
+    def call(image: T) -> U | DataError:
+        try:
+            return function(image)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        return list(progress(pool.map(call, images), desc=text, total=len(images), leave=False, delay=2))
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT_READING) -> Image.Image:
@@ -151,7 +170,7 @@ def _header(image: Image.Image, size: tuple[int, int] | None, reading: Reading) 
         where = " as stored" if ignore and stored != turned else ""
         raise DataError(f"the image is {width}x{height} pixels{where}, expected {size[0]}x{size[1]}")
     turn = orientation != 1 and not ignore and size in (None, turned)
-    return Header(orientation, turn, turn and size == stored, _is_deep(image))
+    return Header(turned if turn else stored, orientation, turn, turn and size == stored, _is_deep(image))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -200,6 +200,8 @@ class Folder:
         self.claim([name])
         path = self.path / name
         make_parent(path)
+        if self._is_own_link(name, path):  # else its target would be written to
+            path.unlink()
         # the line comes first: killed in between, the file that is there is still known by its own line
         with whole(path, durable, lambda digest: self.note(name, digest, durable)) as file:
             yield file
@@ -208,6 +210,17 @@ class Folder:
         """Write one file."""
         with self.whole(name) as file:
             file.write(content)
+
+    def link(self, name: str, target: str) -> None:
+        """Make a symbolic link of this name to a file."""
+        self.claim([name])
+        path = self.path / name
+        make_parent(path)
+        self.note(name, _digest_of_link(target))
+        temporary = path.with_name(_TEMPORARY.format(name=path.name[:40], pid=os.getpid(), count=next(_count)))
+        with naming(path):
+            temporary.symlink_to(target)
+            temporary.replace(path)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove the files of these names, which must be the command's own (see `claim`), where they are there."""
@@ -224,7 +237,12 @@ class Folder:
 
     def _is_own(self, name: str, path: Path) -> bool:
         digests = self._own.get(name, ())
+        if self._is_own_link(name, path):
+            return True
         return None in digests or (bool(digests) and path.is_file() and _digest(path) in digests)
+
+    def _is_own_link(self, name: str, path: Path) -> bool:
+        return path.is_symlink() and _digest_of_link(os.readlink(path)) in self._own.get(name, ())
 
 
 class Written:
@@ -371,6 +389,10 @@ def _manifest(folder: Path) -> dict[str, list[tuple[str | None, str]]]:
             if isinstance(name, str) and isinstance(digest, str | None) and isinstance(writer, str):
                 found[name].append((digest, writer))
     return found
+
+
+def _digest_of_link(target: str) -> str:
+    return hashlib.sha256(b"a link to " + os.fsencode(target)).hexdigest()
 
 
 def _digest(path: Path) -> str:

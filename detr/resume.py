@@ -8,6 +8,7 @@ from typing import Any
 from detr.checkpoint import CheckpointError
 from detr.config import short
 from detr.errors import DataError
+from detr.flags import DATA_FORMATS
 from detr.split import difference
 
 # flags of `detr train` that say where the data is: the folder, and names within it
@@ -16,6 +17,10 @@ PLACES = ("data", "train_json", "train_images", "val_json", "val_images")
 
 _FIELDS = {
     **dict.fromkeys(PLACES, lambda value: isinstance(value, str)),
+    "format": lambda value: value in DATA_FORMATS,
+    "classes": lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
+    "val_fraction": lambda value: isinstance(value, float) and 0 < value < 1,
+    "split_seed": lambda value: type(value) is int and value >= 0,
     "exif": lambda value: value in ("turn", "ignore"),
     "large_images": lambda value: isinstance(value, bool),
     "wandb": lambda value: _of_texts(value) and {"project", "id"} <= value.keys(),
@@ -48,7 +53,7 @@ def located(data: Any, given: dict[str, str], path: Path) -> dict[str, Any]:
     root = Path(data["data"])
     # runs of the first version kept the folder as it was typed
     places = [Path.cwd() / root, *(parent / root for parent in path.resolve().parents)]
-    found = next((place for place in places if place.is_dir()), None)
+    found = next((place for place in places if place.exists()), None)
     if found is None:
         raise DataError(f"{root}: the dataset of this run is no longer there: say where it is now with --data")
     return data | {"data": os.path.abspath(found)}

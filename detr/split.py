@@ -1,10 +1,11 @@
 """The images and boxes of one part of a dataset, whatever format they were read from."""
 
+import copy
 import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ class Images(Sequence):
             empty = np.zeros((0, 4) if name == "boxes" else 0, dtype)
             setattr(self, name, np.concatenate([empty, *parts]))
 
+    @classmethod
+    def of(
+        cls, ids: list[int], paths: list[str], sizes: np.ndarray, counts: np.ndarray, **columns: np.ndarray
+    ) -> "Images":
+        """Images whose arrays are there: `counts` [N] boxes of each image, and the columns of all boxes."""
+        images = cls(())
+        images.ids, images.paths, images.sizes, images.ends = ids, paths, sizes, np.cumsum(counts, dtype=np.int64)
+        for name, dtype in _COLUMNS.items():
+            setattr(images, name, columns[name].astype(dtype))
+        return images
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -70,20 +82,54 @@ class Images(Sequence):
         """Of the arrays: the boxes of image i."""
         return slice(int(self.ends[i - 1]) if i else 0, int(self.ends[i]))
 
+    @property
+    def image_of_box(self) -> np.ndarray:
+        """[T]: the index of the image of each box."""
+        return np.repeat(np.arange(len(self)), np.diff(self.ends, prepend=0))
+
+    @property
+    def objects(self) -> np.ndarray:
+        """[N]: how many boxes each image has, crowds apart."""
+        return np.bincount(self.image_of_box[~self.crowd], minlength=len(self))
+
+    def only(self, indices: Sequence[int]) -> "Images":
+        """Some of the images, in this order."""
+        return Images(self[i] for i in indices)
+
 
 @dataclass(frozen=True)
 class Split:
-    """The validated images and boxes of one json. Label k means the k-th of `categories`."""
+    """The validated images and boxes of one part of a dataset. Label k means the k-th of `categories`."""
 
-    json_path: Path
-    image_dir: Path
+    source: Path  # the file or folder that it was read from, for messages
+    image_dir: Path  # names of images are relative to it
     images: Images  # or any iterable of `Annotated`
-    categories: dict[int, str]  # id in the json -> name, in the order of labels
+    categories: dict[int, str]  # id in the dataset -> name, in the order of labels
     reading: Reading = DEFAULT_READING  # how its image files are read
+    files: list[str] | None = None  # of each image, the file with its boxes; None: `source` has those of all, by id
+    own_ids: bool = True  # False: the dataset knows its classes by name only
+    own_sizes: bool = True  # False: sizes were measured, of the pixels as `reading` turns them
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, Images):
             object.__setattr__(self, "images", Images(self.images))
+
+    def place(self, i: int) -> tuple[str, str]:
+        """Where the dataset has image i: a file, and the entry in it if it has several."""
+        return (str(self.source), f"image {self.images.ids[i]}") if self.files is None else (self.files[i], "")
+
+    def in_classes(self, categories: dict[int, str]) -> "Split":
+        """The same with labels that mean `categories` (id -> name, in order), which have all names of this one."""
+        label_of = {name: label for label, name in enumerate(categories.values())}
+        labels = np.array([label_of[name] for name in self.class_names], np.int64)[self.images.labels]
+        images = copy.copy(self.images)
+        images.labels = labels
+        return replace(self, images=images, categories=categories)
+
+    def only(self, indices: Sequence[int]) -> "Split":
+        """Some of the images, in this order."""
+        files = self.files and [self.files[i] for i in indices]
+        return replace(self, images=self.images.only(indices), files=files)
 
     @property
     def class_names(self) -> list[str]:

@@ -1,10 +1,12 @@
 """How much is in a dataset, and how large it is in a model."""
 
 import math
-from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from detr.config import Config
+from detr.split import Split
 from detr.transforms import resized_size
 
 
@@ -15,26 +17,24 @@ def tokens(size: tuple[int, int] | list[int], config: Config) -> int:
     return sum(math.ceil(size[0] / stride) * math.ceil(size[1] / stride) for stride in strides)
 
 
-def boxes_per_class(data: dict[str, Any]) -> dict[int, int]:
+def boxes_per_class(split: Split) -> dict[int, int]:
     """Boxes of each category id, crowds apart."""
-    counts = Counter(a["category_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
-    return {category["id"]: counts[category["id"]] for category in data["categories"]}
+    counts = np.bincount(split.images.labels[~split.images.crowd], minlength=len(split.categories))
+    return dict(zip(split.categories, counts.tolist(), strict=True))
 
 
-def summary(data: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Counts of a faultless dataset, and its sizes in the model of `config`: see `summary_table`."""
-    objects = Counter(a["image_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
-    per_class, names = boxes_per_class(data), {category["id"]: category["name"] for category in data["categories"]}
-    sizes = {(image["height"], image["width"]) for image in data["images"]}
+def summary(split: Split, config: Config) -> dict[str, Any]:
+    """Counts of a faultless split, and its sizes in the model of `config`: see `summary_table`."""
+    per_class, objects = boxes_per_class(split), split.images.objects
+    sizes = {(height, width) for width, height in split.images.sizes.tolist()}
     resized = [resized_size(*size, config.image_size, config.max_size) for size in sizes]
     return {
-        "images": len(data["images"]),
-        "images_without_objects": sum(image["id"] not in objects for image in data["images"]),
-        "objects": sum(objects.values()),
-        "crowds": sum(bool(a.get("iscrowd", 0)) for a in data["annotations"]),
-        "most_objects_in_an_image": max(objects.values(), default=0),
-        "annotation_id_0": sum(a["id"] == 0 for a in data["annotations"]),
-        "objects_per_class": {names[category_id]: count for category_id, count in per_class.items()},
+        "images": len(split.images),
+        "images_without_objects": int((objects == 0).sum()),
+        "objects": int(objects.sum()),
+        "crowds": int(split.images.crowd.sum()),
+        "most_objects_in_an_image": int(objects.max(initial=0)),
+        "objects_per_class": {split.categories[category_id]: count for category_id, count in per_class.items()},
         "shortest_side": [min(min(size) for size in sizes), max(min(size) for size in sizes)],
         "shortest_side_resized": [min(min(size) for size in resized), max(min(size) for size in resized)],
         "tokens": [min(tokens(size, config) for size in resized), max(tokens(size, config) for size in resized)],
@@ -56,8 +56,6 @@ def summary_table(counts: dict[str, Any]) -> str:
         ("shortest side", f"{span('shortest_side')} pixels; {span('shortest_side_resized')} in the model"),
         ("tokens", f"{span('tokens')} of an image in the model"),
     ]
-    if counts["annotation_id_0"]:
-        rows.append(("annotation id 0", "is renumbered here; pycocotools alone would take it for a miss"))
     most, total = max(counts["objects_per_class"].values()), max(1, counts["objects"])
     for name, count in counts["objects_per_class"].items():
         rows.append((name, f"{count:>7} {100 * count / total:5.1f} %  {'#' * round(30 * count / max(1, most))}"))

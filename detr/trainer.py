@@ -17,11 +17,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detr import checkpoint, distributed
 from detr.config import Config
-from detr.data import CocoDataset, Split, TrainingStream, make_loader, seed_of
+from detr.data import DetectionDataset, TrainingStream, make_loader, seed_of
 from detr.errors import DataError, UserError
 from detr.export import find_compiler
 from detr.losses import Criterion, at_least_one, noised_boxes
 from detr.model import build_model, param_groups
+from detr.split import Split
 from detr.transforms import early, training_transform
 from msda_triton import ms_deform_attn
 
@@ -72,7 +73,7 @@ class Trainer:
         self.config, self.split, self.device = config, split, device
         # the recipe of one size keeps the resized images in memory
         resize = (config.image_size, config.max_size) if config.augment != "official" else None
-        self.dataset = CocoDataset(split, training_transform(config), resize)
+        self.dataset = DetectionDataset(split, training_transform(config), resize)
         self.workers = workers
         pretrained = config.pretrained_backbone and fresh
         self.model = build_model(replace(config, pretrained_backbone=pretrained), len(split.class_names)).to(device)

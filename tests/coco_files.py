@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from detr.formats import open_dataset
+from detr.load import load_split, read_part
+from detr.problems import Problem
+from detr.split import Split
+
 # ids with gaps and out of order: labels follow the ids
 CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 3, "name": "ant"}, {"id": 17, "name": "owl"}]
 CONTENT = {
@@ -41,3 +46,15 @@ def write(root: Path, data: dict | None = None, split: str = "train") -> tuple[P
         Image.fromarray(pixels).save(path)
     json_path.write_text(json.dumps(data))
     return json_path, image_dir
+
+
+def load(files: tuple[Path, Path], *args, **kwargs) -> Split:
+    """`load_split` of what `write` gave."""
+    json_path, image_dir = files
+    return load_split(open_dataset(json_path.parent), image_dir.name, *args, **kwargs)
+
+
+def problems(files: tuple[Path, Path], categories: dict[int, str] | None = None, decode: bool = False) -> list[Problem]:
+    """All faults of it."""
+    json_path, image_dir = files
+    return read_part(open_dataset(json_path.parent), image_dir.name, categories, decode=decode).problems

@@ -13,9 +13,10 @@ import torch
 
 from detr import cli, distributed
 from detr.config import preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
 from detr.engine import train
 from detr.evaluate import detect
+from detr.load import load_split
 from detr.pace import set_pace
 from detr.trainer import Trainer
 
@@ -60,8 +61,8 @@ def main(data: Path, out: Path) -> None:
     torch.set_num_threads(1)
     distributed.join(CPU)
     rank = distributed.rank()
-    train_split = load_split(*find_split(data, "train"))
-    val_split = load_split(*find_split(data, "val"), train_split.categories)
+    train_split = load_split(data, "train")
+    val_split = load_split(data, "val", train_split.categories)
     found = {}
     for name, changes in RUNS.items():
         trainer = Trainer(replace(CONFIG, **changes), train_split, CPU)

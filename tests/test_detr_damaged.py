@@ -14,7 +14,7 @@ from detr import checkpoint, resume
 from detr.checkpoint import CheckpointError
 from detr.cli import main
 from detr.config import SEED, Config
-from detr.data import find_split, load_split
+from detr.load import load_split
 from detr.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def good(root):
 
 @pytest.fixture(scope="module")
 def trainer(root, good):
-    split = load_split(*find_split(root / "data", "train"))
+    split = load_split(root / "data", "train")
     return Trainer(checkpoint.config_of(good, root), split, CPU, fresh=False)
 
 

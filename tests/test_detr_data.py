@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import coco_files
 import numpy as np
@@ -14,7 +13,10 @@ from torchvision import tv_tensors
 
 from detr import transforms
 from detr.config import preset
-from detr.data import CocoDataset, DataError, TrainingStream, collate, find_split, in_groups, load_split, make_loader
+from detr.data import DetectionDataset, TrainingStream, collate, in_groups, make_loader
+from detr.errors import DataError
+from detr.formats import open_dataset
+from detr.load import dataset_of, load_split
 from detr.synth import write_dataset
 from detr.trainer import Trainer
 from detr.transforms import MEAN, STD, RandomWindow, Transform, evaluation_transform, training_transform
@@ -26,7 +28,7 @@ CPU = torch.device("cpu")
 def synthetic(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic")
     write_dataset(root, 10, 1, 64, 0)
-    return load_split(*find_split(root, "train"))
+    return load_split(root, "train")
 
 
 @pytest.mark.parametrize(
@@ -40,24 +42,34 @@ def synthetic(tmp_path_factory):
 def test_layouts(tmp_path, json_name, folder):
     (tmp_path / folder).mkdir()
     (tmp_path / json_name).parent.mkdir(exist_ok=True)
-    (tmp_path / json_name).touch()
-    assert find_split(tmp_path, "val") == (tmp_path / json_name, tmp_path / folder)
+    data = coco_files.content()
+    files = coco_files.write(tmp_path / "flat", data, "val")
+    files[0].rename(tmp_path / json_name)
+    (tmp_path / folder).rmdir()
+    files[1].rename(tmp_path / folder)
+    dataset = open_dataset(tmp_path)
+    assert (dataset.title, dataset.splits) == ("COCO", ["val"])
+    split = load_split(dataset, "val")
+    assert (split.source, split.image_dir) == (tmp_path / json_name, tmp_path / folder)
 
 
 def test_names_given_by_the_user_win(tmp_path):
-    for folder in ("train", "pictures"):
-        (tmp_path / folder).mkdir()
-    for name in ("instances_train.json", "mine.json"):
-        (tmp_path / name).touch()
-    given = {"json_path": tmp_path / "mine.json", "image_dir": tmp_path / "pictures"}
-    assert find_split(tmp_path, "train", **given) == tuple(given.values())
-    assert find_split(tmp_path, "train", image_dir=given["image_dir"])[0] == tmp_path / "instances_train.json"
-    with pytest.raises(DataError, match="no json of the split 'train': looked for other"):
-        find_split(tmp_path, "train", json_path=Path("other"))
+    coco_files.write(tmp_path)
+    other = coco_files.content()
+    other["images"] = other["images"][:1]
+    other["annotations"] = [a for a in other["annotations"] if a["image_id"] == 5]
+    json_path, folder = coco_files.write(tmp_path / "other", other)
+    named = dataset_of({"data": tmp_path, "train_json": json_path, "train_images": "other/train"})
+    split = load_split(named)
+    assert (split.source, split.image_dir, len(split.images)) == (json_path, folder, 1)
+    split = load_split(dataset_of({"data": tmp_path, "train_images": tmp_path / "train"}))
+    assert (split.source, len(split.images)) == (tmp_path / "instances_train.json", 3)
+    with pytest.raises(DataError, match=r"no dataset: looked for nothing\.json \(COCO\)"):
+        dataset_of({"data": tmp_path, "train_json": "nothing.json"})
 
 
 def test_labels_follow_the_ids_and_boxes_the_json(tmp_path):
-    split = load_split(*coco_files.write(tmp_path))
+    split = coco_files.load(coco_files.write(tmp_path))
     assert split.categories == {3: "ant", 17: "owl", 90: "zebra"}
     assert list(split.categories) == [3, 17, 90]
     first, second, third = split.images
@@ -74,25 +86,25 @@ def test_labels_follow_the_ids_and_boxes_the_json(tmp_path):
 def test_boxes_that_stick_out_by_rounding_are_clipped(tmp_path):
     data = coco_files.content()
     data["annotations"] = [{"id": 1, "image_id": 5, "category_id": 3, "bbox": [-0.75, 2, 41.5, 29]}]
-    split = load_split(*coco_files.write(tmp_path, data))
+    split = coco_files.load(coco_files.write(tmp_path, data))
     assert split.images[0].boxes.tolist() == [[0, 2, 40, 30]]
 
 
 def test_the_labels_of_another_set_of_categories(tmp_path):
     files = coco_files.write(tmp_path)
     known = {3: "ant", 4: "bee", 17: "owl", 90: "zebra"}
-    assert load_split(*files, known).images[0].labels.tolist() == [3, 2, 0]
+    assert coco_files.load(files, known).images[0].labels.tolist() == [3, 2, 0]
     for categories, message in (
         ({3: "ant", 17: "owl"}, "category 90: name: expected no such category, got 'zebra'"),
         (known | {17: "elk"}, "category 17: name: expected 'elk', got 'owl'"),
     ):
         with pytest.raises(DataError, match=f"instances_train.json: {message}"):
-            load_split(*files, categories)
+            coco_files.load(files, categories)
 
 
 def test_item_in_numbers(tmp_path):
-    split = load_split(*coco_files.write(tmp_path))
-    image, target = CocoDataset(split, evaluation_transform())[0]
+    split = coco_files.load(coco_files.write(tmp_path))
+    image, target = DetectionDataset(split, evaluation_transform())[0]
     stored = np.asarray(Image.open(tmp_path / "train/a.png")).transpose(2, 0, 1) / 255
     expected = (stored - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
     assert image.dtype == torch.float32 and type(image) is torch.Tensor
@@ -105,13 +117,13 @@ def test_item_in_numbers(tmp_path):
 
 
 def test_resized_and_kept_in_memory(tmp_path, monkeypatch):
-    split = load_split(*coco_files.write(tmp_path))
-    dataset = CocoDataset(split, evaluation_transform(), (15, 30))
+    split = coco_files.load(coco_files.write(tmp_path))
+    dataset = DetectionDataset(split, evaluation_transform(), (15, 30))
     shapes = [tuple(image.shape) for image, _ in dataset]
     # 40x30 by a half; 20x50 would be 15x37.5 but for the longest side; 16x16
     assert shapes == [(3, 15, 20), (3, 30, 12), (3, 15, 15)]
     monkeypatch.setattr("detr.data.CACHE_BYTES", 3 * (300 + 360 + 225) - 1)
-    uncached = CocoDataset(split, evaluation_transform(), (15, 30))
+    uncached = DetectionDataset(split, evaluation_transform(), (15, 30))
     assert dataset.cache is not None and uncached.cache is None
     for (image, target), (same, same_target) in zip(dataset, uncached, strict=True):
         torch.testing.assert_close(image, same, rtol=0, atol=0)
@@ -121,21 +133,21 @@ def test_resized_and_kept_in_memory(tmp_path, monkeypatch):
 
 
 def test_a_damaged_image_is_named_when_it_is_wanted(tmp_path):
-    split = load_split(*coco_files.write(tmp_path))
+    split = coco_files.load(coco_files.write(tmp_path))
     path = split.images[2].path
     path.write_bytes(path.read_bytes()[:-200])
     message = f"instances_train.json: image 9: {path}: not a readable image"
     for resize_to in ((16, 32), None):  # kept in memory, and not
-        dataset = CocoDataset(split, evaluation_transform(), resize_to)
+        dataset = DetectionDataset(split, evaluation_transform(), resize_to)
         assert dataset[0][1]["image_id"] == 5
         with pytest.raises(DataError, match=message):
             dataset[2]
 
 
 def test_flip_moves_boxes_with_pixels(tmp_path):
-    split = load_split(*coco_files.write(tmp_path))
-    plain, target = CocoDataset(split, evaluation_transform())[0]
-    dataset = CocoDataset(split, training_transform(preset("tiny", augment="tiny")))
+    split = coco_files.load(coco_files.write(tmp_path))
+    plain, target = DetectionDataset(split, evaluation_transform())[0]
+    dataset = DetectionDataset(split, training_transform(preset("tiny", augment="tiny")))
     flips = 0
     for seed in range(16):
         torch.manual_seed(seed)
@@ -241,7 +253,7 @@ def image_ids(stream, samples):
 
 
 def test_stream_visits_every_image_once_an_epoch(synthetic):
-    stream = TrainingStream(CocoDataset(synthetic, evaluation_transform(), (32, 32)), seed=1)
+    stream = TrainingStream(DetectionDataset(synthetic, evaluation_transform(), (32, 32)), seed=1)
     epochs = [image_ids(stream, range(10 * e, 10 * e + 10)) for e in range(3)]
     assert all(sorted(epoch) == list(range(1, 11)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -250,7 +262,7 @@ def test_stream_visits_every_image_once_an_epoch(synthetic):
 
 
 def test_the_first_passes_have_a_transform_of_their_own(synthetic):
-    dataset = CocoDataset(synthetic, lambda image, boxes, labels: (image + 1, boxes, labels), (32, 32))
+    dataset = DetectionDataset(synthetic, lambda image, boxes, labels: (image + 1, boxes, labels), (32, 32))
     early = (lambda image, boxes, labels: (image - image, boxes, labels), 2)
     stream = TrainingStream(dataset, seed=1, early=early)
     for n in (0, 19, 20, 35, 7):
@@ -336,7 +348,7 @@ def test_groups_of_one_shape():
 
 def test_a_sample_depends_on_its_number_and_the_seed_only(synthetic):
     config = preset("deformable_detr_r50", image_size=64, max_size=80)
-    stream = TrainingStream(CocoDataset(synthetic, training_transform(config)), seed=1)
+    stream = TrainingStream(DetectionDataset(synthetic, training_transform(config)), seed=1)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     samples = [stream[n] for n in range(25)]
@@ -352,7 +364,7 @@ def test_a_sample_depends_on_its_number_and_the_seed_only(synthetic):
 
 def test_workers_and_starting_point_do_not_change_the_batches(synthetic):
     config = preset("tiny", image_size=32, max_size=32)
-    stream = TrainingStream(CocoDataset(synthetic, training_transform(config), (32, 32)), seed=1)
+    stream = TrainingStream(DetectionDataset(synthetic, training_transform(config), (32, 32)), seed=1)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     batches = [range(b, b + 4) for b in range(0, 24, 4)]
@@ -385,4 +397,4 @@ def test_transform_leaves_its_inputs_alone():
 
 def test_a_json_with_text_beyond_ascii(tmp_path):
     data = json.loads(json.dumps(coco_files.content()).replace("zebra", "zèbre"))
-    assert load_split(*coco_files.write(tmp_path, data)).class_names == ["ant", "owl", "zèbre"]
+    assert coco_files.load(coco_files.write(tmp_path, data)).class_names == ["ant", "owl", "zèbre"]

@@ -7,7 +7,8 @@ import torch
 
 from detr.boxes import cxcywh_to_xyxy, iou_and_generalized_iou
 from detr.config import preset
-from detr.data import CocoDataset, TrainingStream, find_split, load_split
+from detr.data import DetectionDataset, TrainingStream
+from detr.load import load_split
 from detr.losses import Criterion, noised_boxes
 from detr.model import build_model
 from detr.synth import write_dataset
@@ -24,7 +25,7 @@ SMALL = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "image_size
 def split(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic")
     write_dataset(root, 9, 1, 64, 0)
-    return load_split(*find_split(root, "train"))
+    return load_split(root, "train")
 
 
 @pytest.mark.parametrize(("objects", "most", "count"), [(3, 24, 24), (5, 24, 20), (30, 24, 30), (1, 1, 1), (0, 24, 0)])
@@ -156,7 +157,7 @@ def test_one_stage_has_none(split):
 
 def test_noise_is_a_function_of_seed_and_sample(split):
     config = preset("tiny", **SMALL)
-    dataset = CocoDataset(split, training_transform(config), (64, 64))
+    dataset = DetectionDataset(split, training_transform(config), (64, 64))
     plain, stream = (TrainingStream(dataset, 3, denoising=n) for n in (0, 5))
     ranks = [TrainingStream(dataset, 3, batch=2, rank=rank, world=2, denoising=5) for rank in range(2)]
     seen = set()

@@ -14,8 +14,9 @@ from distributed_run import CONFIG, NORMED, RUNS, take, without_objects
 
 from detr import checkpoint
 from detr.checkpoint import load_model
-from detr.data import TrainingStream, find_split, load_split, validation_loader
+from detr.data import TrainingStream, validation_loader
 from detr.evaluate import evaluate
+from detr.load import load_split
 from detr.synth import write_dataset
 from detr.trainer import Trainer, TrainingError
 
@@ -32,7 +33,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(data):
-    return load_split(*find_split(data, "train"))
+    return load_split(data, "train")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_resumed_and_evaluated_together(data, out, split):
     metrics = json.loads((out / "stopped" / "eval.json").read_text())
     assert checkpoint.load(out / "stopped" / "checkpoint.pt")["steps_done"] == metrics["step"] == 5
     model, config, categories = load_model(out / "stopped" / "best.pt", CPU)
-    val = validation_loader(load_split(*find_split(data, "val"), categories), config, CPU)
+    val = validation_loader(load_split(data, "val", categories), config, CPU)
     alone, _ = evaluate(model, val, CPU)
     for name in ("AP", "AP50", "AR100", "per_class"):
         assert metrics[name] == alone[name]

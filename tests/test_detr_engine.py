@@ -14,9 +14,10 @@ import torch
 from detr import checkpoint, engine
 from detr.checkpoint import CheckpointError
 from detr.config import PRESETS, preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
 from detr.engine import evaluation_is_due, train
 from detr.evaluate import evaluate
+from detr.load import load_split
 from detr.output import MANIFEST
 from detr.synth import write_dataset
 from detr.trainer import Trainer, lr_factor
@@ -38,8 +39,8 @@ LEARNS = {"backbone": "small", "query_selection": "mixed", "proposal_nms": 0.7}
 def splits(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic")
     write_dataset(root, 7, 3, 64, 0)
-    train_split = load_split(*find_split(root, "train"))
-    return train_split, load_split(*find_split(root, "val"), train_split.categories)
+    train_split = load_split(root, "train")
+    return train_split, load_split(root, "val", train_split.categories)
 
 
 def advance(trainer, steps):
@@ -321,7 +322,7 @@ def test_evaluations_by_steps_or_epochs(splits):
 
 def test_eight_images_are_learned_by_heart(tmp_path):
     write_dataset(tmp_path, 8, 1, 64, 3)
-    split = load_split(*find_split(tmp_path, "train"))
+    split = load_split(tmp_path, "train")
     # noised boxes are others in every step; a score whose target is an IoU below 1 keeps a loss, here at the weight 1
     fields = {"image_size": 64, "max_size": 64, "augment": "tiny", "denoising": 0, "loss_ce": 1.0}
     config = preset("tiny", **fields, lr=2e-3, steps=240, warmup_steps=30)

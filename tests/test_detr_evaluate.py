@@ -11,8 +11,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detr.data import Annotated, Split, load_split
 from detr.evaluate import EVALUATORS, STATS, coco_metrics, per_class_table
+from detr.split import Annotated, Split
 
 EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
 
@@ -49,7 +49,7 @@ def evaluator(request):
 def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path, evaluator):
     data = coco_files.content()
     assert data["annotations"][0]["id"] == 0
-    split = load_split(*coco_files.write(tmp_path, data))
+    split = coco_files.load(coco_files.write(tmp_path, data))
     detections = {}
     for image in split.images:
         real = ~image.crowd
@@ -68,7 +68,7 @@ def test_perfect_detections_have_ap_1_with_an_annotation_of_id_0(tmp_path, evalu
 
 
 def test_no_detections_at_all(tmp_path, capsys, evaluator):
-    split = load_split(*coco_files.write(tmp_path))
+    split = coco_files.load(coco_files.write(tmp_path))
     for detections in ({}, {image.image_id: EMPTY for image in split.images}):
         metrics, table = coco_metrics(split, detections, evaluator)
         assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 0.0
@@ -155,7 +155,7 @@ def test_equal_to_pycocotools_on_files(tmp_path):
     reference.accumulate()
     reference.summarize()
 
-    split = load_split(json_path, image_dir)
+    split = coco_files.load((json_path, image_dir))
     label_of = {category_id: label for label, category_id in enumerate(split.categories)}
     detections = {}
     for image_id in {result["image_id"] for result in results}:

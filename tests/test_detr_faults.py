@@ -19,9 +19,10 @@ from PIL import Image
 
 from detr import checkpoint, run_folder
 from detr.config import preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
 from detr.engine import train
 from detr.evaluate import detect, evaluate
+from detr.load import load_split
 from detr.model import build_model
 from detr.output import OutputError
 from detr.synth import write_dataset
@@ -42,8 +43,8 @@ SMALL = preset(
 def splits(tmp_path_factory):
     root = tmp_path_factory.mktemp("synthetic")
     write_dataset(root, 7, 3, 64, 0)
-    train_split = load_split(*find_split(root, "train"))
-    return train_split, load_split(*find_split(root, "val"), train_split.categories)
+    train_split = load_split(root, "train")
+    return train_split, load_split(root, "val", train_split.categories)
 
 
 def advance(trainer, steps):
@@ -133,7 +134,7 @@ def test_an_overflow_of_float16_halves_the_scale(splits):
 def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path, augment):
     config = replace(SMALL, augment=augment, steps=7, eval_steps=None, eval_every=9, max_unreadable=1)
     write_dataset(tmp_path / "data", 7, 3, 64, 0)
-    split = load_split(*find_split(tmp_path / "data", "train"))
+    split = load_split(tmp_path / "data", "train")
     broken = split.images[4]
     broken.path.write_bytes(broken.path.read_bytes()[:-500])
     trainer = Trainer(config, split, CPU, workers=0)
@@ -159,7 +160,7 @@ def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path,
 def test_an_image_that_is_truncated_counts_as_missed_in_the_evaluation(tmp_path, monkeypatch, room):
     monkeypatch.setattr("detr.data.CACHE_BYTES", room)
     write_dataset(tmp_path, 1, 3, 64, 0)
-    split = load_split(*find_split(tmp_path, "val"))
+    split = load_split(tmp_path, "val")
     split.images[1].path.write_bytes(split.images[1].path.read_bytes()[:-500])
     val = validation_loader(split, SMALL, CPU, workers=0)
     model = build_model(SMALL, 4)
@@ -178,14 +179,15 @@ import os, signal, sys, torch
 from pathlib import Path
 from detr import checkpoint, run_folder
 from detr.config import Config
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
+from detr.load import load_split
 from detr.engine import train
 from detr.trainer import Trainer
 torch.set_num_threads(1)
 root, out, cpu = Path(sys.argv[1]), Path(sys.argv[2]), torch.device("cpu")
 config = Config.from_dict(eval(sys.argv[3]))
-split = load_split(*find_split(root, "train"))
-val = load_split(*find_split(root, "val"), split.categories)
+split = load_split(root, "train")
+val = load_split(root, "val", split.categories)
 save = torch.save
 def kill_in_the_middle(content, file):
     save(content, file)
@@ -203,8 +205,8 @@ def test_killed_while_a_checkpoint_is_written_and_resumed(tmp_path):
     config = replace(SMALL, steps=6, eval_steps=2)
     data, killed, straight = (tmp_path / name for name in ("data", "killed", "straight"))
     write_dataset(data, 7, 3, 64, 0)
-    split = load_split(*find_split(data, "train"))
-    val = validation_loader(load_split(*find_split(data, "val"), split.categories), config, CPU)
+    split = load_split(data, "train")
+    val = validation_loader(load_split(data, "val", split.categories), config, CPU)
     command = [sys.executable, "-c", KILLED, str(data), str(killed), repr(config.to_dict())]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     assert subprocess.run(command, env=environment, check=False, timeout=120).returncode == -signal.SIGKILL

@@ -17,9 +17,10 @@ from detr import cli, flags
 from detr.checkpoint import CheckpointError, config_of
 from detr.cli import main
 from detr.config import BATCH, Config, preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
 from detr.evaluate import detect
 from detr.export import export_model
+from detr.load import load_split
 from detr.model import build_model
 from detr.synth import write_dataset
 from detr.trainer import Trainer, TrainingError
@@ -64,8 +65,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def splits(data):
-    train = load_split(*find_split(data, "train"))
-    return train, load_split(*find_split(data, "val"), train.categories)
+    train = load_split(data, "train")
+    return train, load_split(data, "val", train.categories)
 
 
 def run_a_step(config, splits):
@@ -172,6 +173,13 @@ def test_arguments(action, monkeypatch, tmp_path):
         assert str(action.type("~nobody-of-this-name/x")) == "~nobody-of-this-name/x"
         with pytest.raises(argparse.ArgumentTypeError, match="expected the name of a file or folder, got ''"):
             action.type("")
+        return
+    if action.type is flags.names:
+        assert action.type(" a,b c ") == ["a", "b c"]
+        for text in ("", "a,", "a, a", ",".join(map(str, range(3000))) + ","):
+            with pytest.raises(argparse.ArgumentTypeError, match="expected names with commas between them") as error:
+                action.type(text)
+            assert len(str(error.value)) < 200
         return
     assert action.type.__qualname__.startswith("number.")
     in_config = action.dest in FIELDS  # which then has the last word, unless the flag has

@@ -13,7 +13,8 @@ import torch
 
 from detr import checkpoint
 from detr.cli import main
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
+from detr.load import load_split
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run_of_ccff825"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -26,7 +27,7 @@ def test_logits_and_boxes(backend):
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = backend
-    split = load_split(*find_split(FIXTURE / "dataset", "val"), classes)
+    split = load_split(FIXTURE / "dataset", "val", classes)
     [(images, mask, _)] = validation_loader(split, config, cpu, 0)
     with torch.no_grad():
         outputs = model(images, mask)

@@ -10,8 +10,9 @@ import torch
 
 from detr.cli import main
 from detr.config import preset
-from detr.data import find_split, load_split, validation_loader
+from detr.data import validation_loader
 from detr.engine import evaluation_is_due
+from detr.load import load_split
 from detr.pace import evaluations_within, most_steps, set_pace
 from detr.synth import write_dataset
 from detr.trainer import Trainer, TrainingError
@@ -31,7 +32,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def splits(data):
-    return [load_split(*find_split(data, name)) for name in ("train", "val")]
+    return [load_split(data, name) for name in ("train", "val")]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_the_command_ends_in_time_and_keeps_the_steps(data, tmp_path, capsys, mo
 )
 def test_bad_minutes(data, tmp_path, capsys, arguments, message):
     if "--resume" in arguments:
-        trainer = Trainer(CONFIG, load_split(*find_split(data, "train")), CPU)
+        trainer = Trainer(CONFIG, load_split(data, "train"), CPU)
         from detr import checkpoint
 
         (tmp_path / "x").mkdir()

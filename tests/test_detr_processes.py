@@ -20,8 +20,9 @@ from user_files import SMALL
 from detr import checkpoint, run_folder
 from detr.cli import main
 from detr.config import preset
-from detr.data import CocoDataset, TrainingStream, find_split, load_split, validation_loader
+from detr.data import DetectionDataset, TrainingStream, validation_loader
 from detr.errors import DataError
+from detr.load import load_split
 from detr.synth import write_dataset
 from detr.trainer import Trainer, TrainingError
 from detr.transforms import training_transform
@@ -59,9 +60,9 @@ class NoTensors(pickle.Pickler):
 
 
 def test_nothing_that_a_loader_process_is_sent_is_a_tensor(data):
-    split = load_split(*find_split(data, "train"))
-    kept = CocoDataset(split, training_transform(replace(OFFICIAL, augment="tiny")), (64, 64))
-    read = CocoDataset(split, training_transform(OFFICIAL))
+    split = load_split(data, "train")
+    kept = DetectionDataset(split, training_transform(replace(OFFICIAL, augment="tiny")), (64, 64))
+    read = DetectionDataset(split, training_transform(OFFICIAL))
     assert kept.cache is not None
     for dataset in (TrainingStream(kept, 0, 2), TrainingStream(read, 0, 2), kept):
         torch.manual_seed(1)
@@ -105,7 +106,7 @@ def test_loader_processes_that_are_started(data, tmp_path, method):
 
 def test_no_open_file_for_a_target(data):
     """A batch of many images keeps a few files open between processes, not three for each image."""
-    loader = validation_loader(load_split(*find_split(data, "train")), OFFICIAL, CPU, workers=1, batch_size=6)
+    loader = validation_loader(load_split(data, "train"), OFFICIAL, CPU, workers=1, batch_size=6)
     batches = iter(loader)
     before = len(os.listdir("/proc/self/fd"))
     _, _, targets = next(batches)
@@ -210,8 +211,8 @@ def test_warnings_look_as_before_after_a_command(tmp_path):
 
 
 def test_a_loader_process_that_is_killed(data, monkeypatch):
-    monkeypatch.setattr(CocoDataset, "_read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    trainer = Trainer(OFFICIAL, load_split(*find_split(data, "train")), CPU, workers=1)
+    monkeypatch.setattr(DetectionDataset, "_read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    trainer = Trainer(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     with pytest.raises(TrainingError, match=r"^step 0: DataLoader worker .*; fewer --workers need less memory$"):
         next(trainer.batches())
 
@@ -220,8 +221,8 @@ def test_a_loader_process_without_memory(data, monkeypatch):
     def full(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(CocoDataset, "_read", full)
-    trainer = Trainer(OFFICIAL, load_split(*find_split(data, "train")), CPU, workers=1)
+    monkeypatch.setattr(DetectionDataset, "_read", full)
+    trainer = Trainer(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     with pytest.raises(
         TrainingError, match=r"^step 0: RuntimeError: .*can't allocate memory; fewer --workers need less"
     ):
@@ -232,8 +233,8 @@ def test_a_loader_process_that_finds_no_image(data, monkeypatch):
     def damaged(*_):
         raise DataError("a.json: image 3: a.jpg: not a readable image: broken")
 
-    monkeypatch.setattr(CocoDataset, "_read", damaged)
-    trainer = Trainer(OFFICIAL, load_split(*find_split(data, "train")), CPU, workers=1)
+    monkeypatch.setattr(DetectionDataset, "_read", damaged)
+    trainer = Trainer(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     message = r"^6 images one after the other cannot be read, the first: a\.json: image 3: a\.jpg: not a readable image"
     with pytest.raises(DataError, match=message) as error:
         next(trainer.batches())

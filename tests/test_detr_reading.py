@@ -11,7 +11,7 @@ from PIL import Image
 from user_files import SMALL
 
 from detr.cli import main
-from detr.data import CocoDataset, load_split
+from detr.data import DetectionDataset
 from detr.images import Reading
 
 torch.set_num_threads(1)  # test processes share the cores
@@ -101,7 +101,7 @@ def test_predictions_are_of_the_pixels_that_were_read(data, run, tmp_path, exif)
 def test_training_sees_the_same_pixels(data):
     files = data / "instances_train.json", data / "train"
     turned, stored = (
-        CocoDataset(load_split(*files, reading=Reading(exif, large=True)), lambda *sample: sample, resize_to)[0][0]
+        DetectionDataset(coco_files.load(files, reading=Reading(exif, large=True)), lambda *x: x, resize_to)[0][0]
         for exif, resize_to in (("turn", (30, 40)), ("ignore", None))  # kept in memory, and not
     )
     assert turned.shape == (3, 30, 40) and torch.equal(turned, stored.flip(1, 2))

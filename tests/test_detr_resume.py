@@ -15,7 +15,7 @@ from user_files import SMALL, assert_nothing_lost, snapshot
 
 from detr import checkpoint, record
 from detr.cli import main
-from detr.data import find_split, load_split
+from detr.load import load_split
 from detr.output import MANIFEST
 from detr.split import Images, difference
 from detr.trainer import Trainer
@@ -65,7 +65,7 @@ MORE = "(and 1 more; `detr check-data` lists them)"
     ("change", "message"),
     [
         (swap_names, f"category 1: name: expected 'disc', got 'square' (category 2 there): {MUST} {MORE}"),
-        (renumber, f"category 2: name: expected 'square', got 'disc' (category 1 there): {MUST} {MORE}"),
+        (renumber, f"category 1: name: expected 'disc', got 'square' (category 2 there): {MUST} {MORE}"),
         (add_class, f"category 9: name: expected no such category, got 'ghost': {MUST}"),
     ],
 )
@@ -273,10 +273,10 @@ def test_bitmaps_that_were_replaced(work, tmp_path, capsys):
         for path in (work / "data" / split).glob("*.jpg"):
             Image.open(path).save(path.with_suffix(".bmp"))
         edit(work, split, name_bitmaps)
-    before = load_split(*find_split(work / "data", "train")).content()
+    before = load_split(work / "data", "train").content()
     path = work / "data" / "train" / "000000.bmp"
     Image.effect_noise((64, 64), 90).convert("RGB").save(path)
-    assert difference(before, load_split(*find_split(work / "data", "train")).content()) == "other image files"
+    assert difference(before, load_split(work / "data", "train").content()) == "other image files"
 
 
 def test_a_name_that_is_no_text(work):
@@ -352,10 +352,10 @@ def test_files_of_somebody_else_in_the_folder_of_a_checkpoint(work, capsys):
 
 
 def test_the_content_of_a_split(work):
-    split = load_split(*find_split(work / "data", "train"))
+    split = load_split(work / "data", "train")
     content = split.content()
     assert difference(content, content) == ""
-    assert content == load_split(*find_split(work / "data", "train")).content()
+    assert content == load_split(work / "data", "train").content()
     # kept as arrays, given as images
     images = list(split.images)
     random.Random(0).shuffle(images)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr.check_data import check_split
+from detr.formats import open_dataset
+from detr.load import read_part
 from detr.synth import CLASSES, draw_image, draw_large, write_dataset
 
 
@@ -30,10 +31,10 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
 def test_a_written_dataset_has_no_fault(tmp_path):
     write_dataset(tmp_path, 12, 3, 96, 0)
     for split, count in (("train", 12), ("val", 3)):
-        data, problems = check_split(tmp_path / f"instances_{split}.json", tmp_path / split, look="pixels")
-        assert problems == []
-        assert len(data["images"]) == count
-        assert [category["name"] for category in data["categories"]] == list(CLASSES)
+        part = read_part(open_dataset(tmp_path), split, decode=True)
+        assert part.problems == []
+        assert len(part.split.images) == count
+        assert part.split.class_names == list(CLASSES)
         assert Image.open(tmp_path / split / "000000.jpg").format == "JPEG"
 
 
@@ -103,6 +104,6 @@ def test_large_animals_are_as_described():
 
 def test_a_written_large_dataset_has_no_fault(tmp_path):
     write_dataset(tmp_path, 6, 3, 64, 0, large=True)
-    data, problems = check_split(tmp_path / "instances_train.json", tmp_path / "train", look="pixels")
-    assert problems == [] and len(data["images"]) == 6
-    assert [category["name"] for category in data["categories"]] == ["animal"]
+    part = read_part(open_dataset(tmp_path), "train", decode=True)
+    assert part.problems == [] and len(part.split.images) == 6
+    assert part.split.class_names == ["animal"]

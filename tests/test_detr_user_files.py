@@ -68,6 +68,11 @@ COMMANDS = {
         ["instances_train.json", "instances_val.json", *IMAGES],
     ),
     "check-data": Command(["check-data", "WORK/data", "--json", "OUT"], [""]),
+    "convert": Command(["convert", "WORK/data", "OUT"], ["instances_train.json", "train/000000.jpg", "val/000000.jpg"]),
+    "convert links": Command(
+        ["convert", "WORK/data", "OUT", "--images", "link", "--to", "yolo"],
+        ["data.yaml", "images/train/000000.jpg", "labels/val/000000.txt"],
+    ),
     "train": Command(
         TRAIN,
         ["checkpoint.pt", "best.pt", "eval.json", "config.json", "metrics.jsonl", "curves.png", "predictions.png"],

@@ -29,12 +29,12 @@ def test_the_help_of_the_commands_imports_no_library():
     code = """
 import contextlib, io, sys
 from detr.cli import main
-for command in ([], ["synth"], ["check-data"], ["train"], ["eval"], ["predict"], ["inspect"], ["export"]):
+for command in ([], ["synth"], ["check-data"], ["convert"], ["train"], ["eval"], ["predict"], ["inspect"], ["export"]):
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         main([*command, "--help"])
     assert text.getvalue().startswith("usage: detr"), command
 heavy = {"torch", "torchvision", "numpy", "scipy", "PIL", "matplotlib", "pycocotools", "faster_coco_eval",
-         "transformers", "safetensors", "tensorboard", "tqdm", "filelock", "onnx", "triton", "msda_triton"}
+         "transformers", "safetensors", "yaml", "defusedxml", "tensorboard", "tqdm", "filelock", "onnx", "triton", "msda_triton"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -120,9 +120,20 @@ def test_arrows_of_the_shims(name):
 
 
 def test_the_detector_uses_public_names_only():
-    for path in (ROOT / "detr").glob("*.py"):
+    for path in (ROOT / "detr").rglob("*.py"):
         for imported, _ in imports(path):
             if imported.startswith("msda_triton"):
                 assert imported.removeprefix("msda_triton").removeprefix(".") in ("", *msda_triton.__all__), (
                     f"{path}: {imported}"
                 )
+
+
+def test_only_one_module_knows_that_there_are_formats():
+    """Whatever comes after a `Split` must not depend on where it is from."""
+    below = {"draft", "errors", "formats", "images", "problems", "progress", "split"}
+    for path in (ROOT / "detr").rglob("*.py"):
+        ours = {name.split(".")[1] for name, _ in imports(path) if name.startswith("detr.")}
+        if path.parent.name == "formats":
+            assert ours <= below, (path, ours - below)
+        else:
+            assert "formats" not in ours or path.stem == "load", path

@@ -1,0 +1,61 @@
+"""The subcommands `check-data` and `convert`: what is in a dataset, what is wrong with it, and the same elsewhere."""
+
+import argparse
+import os
+
+from detr.convert import convert
+from detr.errors import DataError
+from detr.flags import hold_out_of, reading_of, scaled_preset
+from detr.load import dataset_of, read_part, read_parts
+from detr.output import claim_file, json_of, write_file
+from detr.problems import by_kind, raise_or_warn
+from detr.summary import summary, summary_table
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Print what is in a dataset and every fault of it; the exit code."""
+    if options.json:
+        claim_file(options.json, "detr check-data")
+    overrides = {name: getattr(options, name) for name in ("image_size", "n_queries")}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    config = scaled_preset(options.preset, None, **overrides)
+    flags = vars(options)
+    dataset = dataset_of(flags)
+    print(f"{dataset.root}: {dataset.title}, {', '.join(dataset.splits)}")
+    parts, said = read_parts(dataset, None, config, reading_of(flags), decode=True, hold_out=hold_out_of(flags))
+    if said:
+        print(said)
+    report = {"format": dataset.format, "splits": dataset.splits}
+    for name, part in parts.items():
+        source = f"{part.split.source}, " if part.split else ""
+        print(f"{name}: {source}for {config.name} at {config.image_size} pixels")
+        if not part.fatal:
+            report[name] = summary(part.split, config)
+            print(summary_table(report[name]))
+        for line in by_kind(part.problems):
+            print(f"  {line}")
+        report[f"{name}_problems"] = [vars(problem) for problem in part.problems]
+    fatal = sum(problem.fatal for part in parts.values() for problem in part.problems)
+    if options.json:
+        write_file(options.json, json_of(report, "detr check-data"), "detr check-data")
+    print("fatal problems:", fatal)
+    return 1 if fatal else 0
+
+
+def run_conversion(options: argparse.Namespace) -> int:
+    """Write a dataset in another format; the exit code."""
+    flags = vars(options)
+    dataset, splits = dataset_of(flags), {}
+    if os.path.realpath(options.out) == os.path.realpath(dataset.folder):
+        raise DataError(f"{options.out}: expected another folder than that of the dataset")
+    for name in dataset.splits:
+        categories = next(iter(splits.values())).categories if splits else None
+        part = read_part(dataset, name, categories, reading_of(flags))
+        raise_or_warn(part.problems)
+        splits[name] = part.split
+    if not splits:
+        raise DataError(f"{dataset.root}: expected a split, found none")
+    for line in convert(splits, options.out, options.to, options.images):
+        print(line)
+    print(f"{options.out}: {', '.join(f'{len(split.images)} images of {name}' for name, split in splits.items())}")
+    return 0

@@ -1,0 +1,279 @@
+"""Pascal VOC: an xml for each image, with the corner pixels of its boxes, which count from 1 and belong to the box.
+
+Objects that are marked difficult are crowds: neither trained on nor counted. Classes have no numbers there: they come
+in the order that the user gives, of classes.txt, or of the alphabet.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import fromstring
+
+from detr.draft import Draft, Words
+from detr.errors import DataError
+from detr.formats.found import NAMES, Found, Given, read_text
+from detr.images import SUFFIXES, Reading, for_each, read_header
+from detr.problems import Problem, cut
+from detr.progress import progress
+from detr.split import Split
+
+_WORDS = Words("object", "bndbox", first_pixel=1)
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_ANNOTATIONS = ("Annotations", "annotations")
+_IMAGES = ("JPEGImages", "images", "Images")
+
+
+class _Object(NamedTuple):
+    number: int  # from 1, in its xml
+    name: str
+    corners: tuple[float, float, float, float]
+    difficult: bool
+
+
+class _Xml(NamedTuple):
+    file_name: str
+    size: tuple[int, int] | None  # (width, height), if the xml has it
+    objects: list[_Object]
+    problems: list[Problem]
+
+
+class _Place(NamedTuple):
+    """The xml files of a split, and the folder of its images."""
+
+    source: Path
+    xmls: list[tuple[str, Path]]  # where it is named, and the file
+    image_dir: Path
+
+
+def find_voc(root: Path, given: Given) -> Found:
+    """Annotations/ and JPEGImages/, with the lists of ImageSets/Main if there are any; or xml files beside the images,
+    in a folder for each split or in one."""
+    places = _places(root) if root.is_dir() else {}
+    dataset = _Voc(root, given, places)
+    return Found({split: partial(dataset.read, split) for split in places}, _looked_for)
+
+
+def _looked_for(split: str) -> str:
+    return f"Annotations/*.xml with ImageSets/Main/{split}.txt, or {split}/*.xml beside images"
+
+
+def _places(root: Path) -> dict[str, _Place]:
+    whole = _place(root)
+    if whole:
+        lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in NAMES}
+        if not lists["train"].is_file():
+            lists["train"] = lists["train"].with_name("trainval.txt")
+        named = {split: file for split, file in lists.items() if file.is_file()}
+        folder = whole.xmls[0][1].parent
+        return {s: _Place(file, list(_listed(file, folder)), whole.image_dir) for s, file in named.items()} or {
+            "train": whole
+        }
+    found = {split: next(filter(None, (_place(root / name) for name in NAMES[split])), None) for split in NAMES}
+    return {split: place for split, place in found.items() if place}
+
+
+def _place(folder: Path) -> _Place | None:
+    """The xml files of a folder: in its Annotations/, or beside the images."""
+    for annotations in (*(folder / name for name in _ANNOTATIONS), folder):
+        xmls = sorted(annotations.glob("*.xml"))
+        if any(map(_is_voc, xmls[:5])):
+            folders = [folder / name for name in _IMAGES if annotations != folder] + [folder, annotations]
+            image_dir = next(filter(_images, folders), folders[0])
+            return _Place(annotations, [("", xml) for xml in xmls], image_dir)
+    return None
+
+
+def _is_voc(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<annotation" in file.read(4096)
+
+
+def _listed(file: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        name = line.strip()
+        if name:
+            # a list of one class has 1, 0 or -1 after each name
+            names = (name, name.rpartition(" ")[0].strip() or name, Path(name).stem)
+            xmls = [folder / f"{text}.xml" for text in names]
+            yield f"{file}: line {number}", next((xml for xml in xmls if xml.is_file()), xmls[0])
+
+
+class _Voc:
+    """A dataset whose xml files are parsed once, for all its splits have the same classes."""
+
+    def __init__(self, root: Path, given: Given, places: dict[str, _Place]) -> None:
+        self.root, self.given, self.places = root, given, places
+        self._parsed: dict[Path, _Xml] = {}
+
+    def _classes(self) -> tuple[list[str], str]:
+        """The names in the order of labels, and where they are from."""
+        file = self.root / "classes.txt"
+        if self.given.classes:
+            return list(self.given.classes), "--classes"
+        if file.is_file():
+            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+            if not names or len(set(names)) < len(names):
+                raise DataError(f"{file}: expected a name on each line, no two the same, got {cut(names)}")
+            return names, str(file)
+        xmls = (xml for place in self.places.values() for _, xml in place.xmls if xml.is_file())
+        return sorted({found.name for xml in xmls for found in self._xml(xml).objects}), ""
+
+    def _xml(self, path: Path) -> _Xml:
+        if path not in self._parsed:
+            self._parsed[path] = _parse(path)
+        return self._parsed[path]
+
+    def read(self, split: str, reading: Reading) -> tuple[Split | None, list[Problem]]:
+        place, (names, names_from) = self.places[split], self._classes()
+        categories = dict(enumerate(names, start=1))
+        label_of = {name: label for label, name in enumerate(names)}
+        draft = Draft(place.source, place.image_dir, categories, _WORDS, reading, own_ids=False)
+        problems, images = draft.problems, _images(place.image_dir)
+        xmls: dict[Path, str] = {}
+        for where, path in place.xmls:
+            if not path.is_file():
+                problems.append(Problem(where, "xml file", "", "", f"no xml at {path}"))
+            elif xmls.setdefault(path, where) != where:
+                problems.append(Problem(where, "image twice", "", "", f"{path} is named by {xmls[path]} too", False))
+        pictures = [_picture(path, self._xml(path), images, place.image_dir) for path in xmls]
+        unsized = [image for path, image in zip(xmls, pictures, strict=True) if image and not self._xml(path).size]
+        sizes = dict(zip(unsized, for_each(partial(_size, reading=reading), unsized, f"sizes of {split}"), strict=True))
+        pairs, first = zip(xmls, pictures, strict=True), {}
+        for path, image in progress(pairs, desc=f"boxes of {split}", total=len(xmls), leave=False, delay=2):
+            xml = self._xml(path)
+            problems += xml.problems
+            size = xml.size or sizes.get(image)
+            if image is None:
+                message = f"no image in {place.image_dir} for it: looked for {path.stem} and {cut(xml.file_name)}"
+                problems.append(Problem(str(path), "image file", "", "filename", message))
+            elif isinstance(size, DataError):
+                problems.append(Problem(str(path), "image file", "", "", f"{image}: {size}"))
+            elif image in first:
+                problems.append(
+                    Problem(str(path), "image", "", "filename", f"{image} is the image of {first[image]} too")
+                )
+            else:
+                first[image] = path
+                draft.image(image, size, len(draft) + 1, str(path))
+                for found in xml.objects:
+                    _add(draft, found, path, label_of, names_from)
+        if not any(where for where, _ in place.xmls):  # there is no list of those that are meant
+            for image in sorted(set(images.values()) - set(pictures)):
+                problems.append(Problem(str(image), "image without xml", "", "", "is left out", fatal=False))
+        return draft.finish()
+
+
+def _add(draft: Draft, found: _Object, path: Path, label_of: dict[str, int], names_from: str) -> None:
+    entry = f"object {found.number}"
+    if found.name not in label_of:
+        message = f"class {cut(found.name)!r} is not one of {names_from}"
+        draft.problems.append(Problem(str(path), "class", entry, "name", message))
+        return
+    if found.difficult:
+        message = "is difficult, so it is treated as a crowd: neither trained on nor counted"
+        draft.problems.append(Problem(str(path), "difficult", entry, "difficult", message, fatal=False))
+    x0, y0, x1, y1 = found.corners
+    if min(x0, y0) < 1:
+        message = f"corners count from 1, so {min(x0, y0):g} is outside: taken for the border of the image"
+        draft.problems.append(Problem(str(path), "corner 0", entry, "bndbox", message, fatal=False))
+    draft.box((x0 - 1, y0 - 1, x1, y1), label_of[found.name], found.number, crowd=found.difficult)
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their names."""
+    if not folder.is_dir():
+        return {}
+    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
+    return {path.name: path for path in files if not path.name.startswith(".")}
+
+
+def _picture(path: Path, xml: _Xml, images: dict[str, Path], folder: Path) -> Path | None:
+    """The image of an xml: of its name or, where there is none, the one that it names."""
+    named = Path(xml.file_name.replace("\\", "/")).name
+    if Path(named).stem == path.stem and named in images:
+        return images[named]
+    suffixes = (suffix for lower in sorted(SUFFIXES) for suffix in (lower, lower.upper()))
+    same = next((images[path.stem + suffix] for suffix in suffixes if path.stem + suffix in images), None)
+    return same or images.get(named)
+
+
+def _size(image: Path, reading: Reading) -> tuple[int, int]:
+    return read_header(image, None, reading).size
+
+
+def _parse(path: Path) -> _Xml:
+    def broken(message: str) -> _Xml:
+        return _Xml("", (1, 1), [], [Problem(str(path), "xml", "", "", message)])
+
+    try:
+        root = fromstring(path.read_bytes())
+    except ParseError as error:
+        line, column = error.position
+        return broken(f"line {line} column {column + 1}: not xml: {str(error).partition(':')[0]}")
+    except DefusedXmlException:
+        return broken("refused: it defines entities, by which a small file fills the memory")
+    except (ValueError, LookupError, RecursionError) as error:
+        return broken(f"not xml: {cut(error)}")
+    if root.tag != "annotation":
+        return broken(f"expected <annotation>, got <{cut(root.tag)}>")
+    problems: list[Problem] = []
+    size = _size_of(root, path, problems)
+    objects = list(_objects(root, path, problems))
+    return _Xml((root.findtext("filename") or "").strip(), size, objects, problems)
+
+
+def _size_of(root: Element, path: Path, problems: list[Problem]) -> tuple[int, int] | None:
+    """(width, height); None where the xml has none, or 0, as some tools write."""
+    sides = []
+    for name in ("width", "height"):
+        text = (root.findtext(f"size/{name}") or "0").strip()
+        value = _float(text)
+        if not value.is_integer() or not 0 <= value < 1e9:
+            problems.append(Problem(str(path), "size", "size", name, f"expected an integer, pixels, got {cut(text)}"))
+            value = 0
+        sides.append(int(value))
+    return (sides[0], sides[1]) if min(sides) > 0 else None
+
+
+def _objects(root: Element, path: Path, problems: list[Problem]) -> Iterator[_Object]:
+    for number, element in enumerate(root.iterfind("object"), start=1):
+        name, box = (element.findtext("name") or "").strip(), element.find("bndbox")
+        fault = _fault(name, box)
+        if fault:
+            problems.append(Problem(str(path), "object", f"object {number}", *fault))
+            continue
+        difficult = _float((element.findtext("difficult") or "0").strip()) == 1
+        yield _Object(number, name, tuple(_corners(box)), difficult)
+
+
+def _fault(name: str, box: Element | None) -> tuple[str, str] | None:
+    """(field, message) of what is wrong with an object, or None."""
+    if not name:
+        return "name", "expected a text, got nothing"
+    if box is None:
+        return "bndbox", "expected a box, got none"
+    corners = list(_corners(box))
+    if not all(map(math.isfinite, corners)) or max(map(abs, corners)) >= 1e9:
+        texts = cut([box.findtext(corner) for corner in _CORNERS])
+        return "bndbox", f"expected 4 finite numbers xmin, ymin, xmax, ymax, got {texts}"
+    x0, y0, x1, y1 = corners
+    if x1 < x0 or y1 < y0:
+        got = ", ".join(f"{name} {v:g}" for name, v in zip(_CORNERS, corners, strict=True))
+        return "bndbox", f"expected xmin <= xmax and ymin <= ymax, got {got}"
+    return None
+
+
+def _corners(box: Element) -> Iterable[float]:
+    return (_float((box.findtext(corner) or "").strip()) for corner in _CORNERS)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
