@@ -115,9 +115,10 @@ def _json(content: dict[str, Any]) -> bytes:
 
 def _report_skipped(trainer: Trainer, batches: list[Batch], loss: float, out: Path) -> None:
     """Keep the batches of a step that was skipped, and end the run if there were too many one after the other."""
+    images = trainer.split.named(image_ids(batches)) if trainer.culprit else []
     if trainer.culprit:
-        keep_batches(out, trainer.steps_done, trainer.rank, batches, loss)
-    ids = [i for each in distributed.gather(image_ids(batches) if trainer.culprit else []) for i in each]
+        keep_batches(out, trainer.steps_done, trainer.rank, batches, images, loss)
+    ids = [i for each in distributed.gather(images) for i in each]
     what = "the gradient of the loss" if math.isfinite(loss) else "the loss"
     message = f"step {trainer.steps_done}: {what} is not finite, on the images {ids}, see {out / 'nonfinite.jsonl'}"
     if trainer.skipped >= trainer.config.max_nonfinite:

@@ -85,12 +85,20 @@ def _row(line: bytes) -> dict[str, float] | None:
 
 
 def keep_batches(
-    out: Path, step: int, rank: int, batches: list[tuple[Tensor, Tensor, list[dict[str, Any]]]], loss: float
+    out: Path,
+    step: int,
+    rank: int,
+    batches: list[tuple[Tensor, Tensor, list[dict[str, Any]]]],
+    images: list[int | str],
+    loss: float,
 ) -> None:
     """Note the images of a step that was skipped in `out`/nonfinite.jsonl, and for the first of them keep the batches.
 
     A line holds step, rank, loss (null if it is not finite), image_ids, and the file with the images, masks and targets
     if they were kept: `torch.load` reads it.
+
+    Args:
+        images: what the dataset calls them, see `Split.named`.
     """
     folder = Folder(out, run_folder.BY)
     kept = out / f"nonfinite_step{step}_rank{rank}.pt"
@@ -103,7 +111,7 @@ def keep_batches(
         "step": step,
         "rank": rank,
         "loss": loss if math.isfinite(loss) else None,
-        "image_ids": image_ids(batches),
+        "image_ids": images,
         "file": kept.name if keep else None,
     }
     path = folder.own("nonfinite.jsonl")
@@ -112,7 +120,7 @@ def keep_batches(
 
 
 def image_ids(batches: list[tuple[Tensor, Tensor, list[dict[str, Any]]]]) -> list[int]:
-    """Raw ids of all images in batches."""
+    """Ids of all images in batches."""
     return [target["image_id"] for _, _, targets in batches for target in targets]
 
 

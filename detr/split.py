@@ -94,7 +94,11 @@ class Images(Sequence):
 
     def only(self, indices: Sequence[int]) -> "Images":
         """Some of the images, in this order."""
-        return Images(self[i] for i in indices)
+        rows = [np.arange(*self.rows(i).indices(len(self.labels))) for i in indices]
+        kept = np.concatenate([np.zeros(0, np.int64), *rows])
+        ids, paths = [self.ids[i] for i in indices], [self.paths[i] for i in indices]
+        columns = {name: getattr(self, name)[kept] for name in _COLUMNS}
+        return Images.of(ids, paths, self.sizes[list(indices)], np.array([len(each) for each in rows]), **columns)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ class Split:
         images = copy.copy(self.images)
         images.labels = labels
         return replace(self, images=images, categories=categories)
+
+    def named(self, ids: Iterable[int]) -> list[int | str]:
+        """Of images with these ids, what the dataset calls them: the id itself, or the file where it has no ids."""
+        if self.files is None:
+            return list(ids)
+        path_of = dict(zip(self.images.ids, self.images.paths, strict=True))
+        return [path_of[image_id] for image_id in ids]
 
     def only(self, indices: Sequence[int]) -> "Split":
         """Some of the images, in this order."""

@@ -242,7 +242,9 @@ def test_no_dataset_at_all(tmp_path):
         DataError, match=r"no dataset: looked for annotations/instances_train2017\.json or .* \(COCO\); "
     ):
         open_dataset(tmp_path)
-    with pytest.raises(DataError, match=r"no dataset: looked for data\.yaml with train and names \(YOLO\)$"):
+    with pytest.raises(
+        DataError, match=r"no dataset: looked for data\.yaml with train and names \(YOLO\); found nothing$"
+    ):
         open_dataset(tmp_path, "yolo")
     (tmp_path / "instances_train.json").write_text("{}")
     with pytest.raises(DataError, match="no image folder of the split 'train': looked for train2017 or train"):

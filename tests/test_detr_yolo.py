@@ -172,6 +172,19 @@ def test_classes_in_a_text_and_no_yaml(root, parts):
     assert split.categories == {0: "ant", 1: "owl"} and split.images.ends.tolist() == ([1, 2] if parts else [1, 2, 3])
 
 
+def test_all_in_one_folder(tmp_path):
+    """As labelImg writes it."""
+    for name in "ab":
+        image(tmp_path / f"{name}.png")
+    write(tmp_path / "a.txt", LINE)
+    write(tmp_path / "classes.txt", "ant\n")
+    split = load_split(tmp_path)
+    assert split._names == ["a.png", "b.png"] and split.images.ends.tolist() == [1, 1]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"no dataset: looked for .*; found a\.png, b\.png, classes\.txt$"):
+        open_dataset(tmp_path)
+
+
 def test_text_files_beside_the_images(tmp_path):
     image(tmp_path / "pictures/a.png")
     write(tmp_path / "pictures/a.txt", LINE)
@@ -317,6 +330,26 @@ def test_a_path_of_another_computer(root):
         UserWarning, match=f"path: 1, .*path: /home/somebody/birds is not there: names start from {root}"
     ):
         assert len(load_split(root).images) == 2
+
+
+@pytest.mark.parametrize("place", ["/home/somebody/birds/images/train", "D:\\\\birds\\\\images/train", "/images/train"])
+def test_absolute_names_of_another_computer(root, place):
+    write(root / "data.yaml", f"train: {place}\nnames: [ant, owl]\n".replace("\\\\", "\\"))
+    with pytest.warns(UserWarning, match=r"path: 1, .*data\.yaml: train: .* is not there: .*/images/train is taken"):
+        assert load_split(root)._names == ["a.png", "b.png"]
+    write(root / "train.txt", f"{place}/b.png\nimages/train/a.png\n".replace("\\\\", "\\"))
+    write(root / "data.yaml", "train: train.txt\nnames: [ant, owl]\n")
+    with pytest.warns(UserWarning, match=r"path: 1, .*train\.txt: line 1: .*/b\.png is not there: .*b\.png is taken"):
+        assert load_split(root)._names == ["b.png", "a.png"]
+    write(root / "data.yaml", f"train: {place}s\nnames: [ant, owl]\n".replace("\\\\", "\\"))
+    with pytest.raises(DataError, match=r"data\.yaml: train: no folder or list of images at"):
+        load_split(root)
+
+
+def test_a_data_yaml_of_something_else(root):
+    write(root / "data.yaml", "service: {port: 80}\n")
+    with pytest.raises(DataError, match=r"no dataset: looked for .*; found data\.yaml, images, labels$"):
+        open_dataset(root)
 
 
 def test_a_list_that_names_images_that_are_not_there(root):

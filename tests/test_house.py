@@ -34,7 +34,8 @@ for command in ([], ["synth"], ["check-data"], ["convert"], ["train"], ["eval"],
         main([*command, "--help"])
     assert text.getvalue().startswith("usage: detr"), command
 heavy = {"torch", "torchvision", "numpy", "scipy", "PIL", "matplotlib", "pycocotools", "faster_coco_eval",
-         "transformers", "safetensors", "yaml", "defusedxml", "tensorboard", "tqdm", "filelock", "onnx", "triton", "msda_triton"}
+         "transformers", "safetensors", "yaml", "defusedxml", "tensorboard", "tqdm", "filelock", "onnx", "triton",
+         "msda_triton"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

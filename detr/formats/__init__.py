@@ -26,6 +26,9 @@ FORMATS: dict[str, tuple[str, Callable[[Path, Given], Found]]] = {
 }
 
 
+_SHOWN = 6  # names of files that a message lists
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A dataset in one of FORMATS."""
@@ -86,7 +89,11 @@ def open_dataset(root: Path, format: str | None = None, given: Given | None = No
         raise DataError(f"{root}: files of {titles}: say which with --format {' or '.join(there)}")
     if not there:
         looked_for = (f"{found[name].looked_for('train')} ({FORMATS[name][0]})" for name in names)
-        raise DataError(f"{root}: no dataset: looked for {'; '.join(looked_for)}")
+        there_is = (
+            sorted(path.name for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
+        )
+        got = f"{', '.join(there_is[:_SHOWN])}{', ...' if there_is[_SHOWN:] else ''}" or "nothing"
+        raise DataError(f"{root}: no dataset: looked for {'; '.join(looked_for)}; found {got}")
     [name] = there
     if isinstance(found[name], DataError):
         raise found[name]

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -29,14 +29,15 @@ _DECIMALS = 10
 
 
 def find_yolo(root: Path, given: Given) -> Found:
-    """A folder with a data.yaml, or another yaml with its keys, or with classes.txt, images/ and labels/; or a yaml."""
+    """A folder with a data.yaml, or another yaml with its keys, or with classes.txt beside its images; or a yaml."""
     path = root if root.is_file() else _yaml_in(root)
     content: Any = _parse(path) if path else {}
-    if path is None and (root / "classes.txt").is_file() and (root / "labels").is_dir():
+    if path is None and (root / "classes.txt").is_file():
         path, content = root / "classes.txt", _without_yaml(root)
+        path = path if "train" in content else None
     keys = {split: next((name for name in NAMES[split] if content.get(name)), None) for split in NAMES}
     readers = {split: partial(_read, path, content, key) for split, key in keys.items() if key}
-    if path and not readers:
+    if path and not readers and (root.is_file() or "names" in content):  # else it is of something else
         raise DataError(f"{path}: expected train, the folder of its images or a list of them, got {cut(list(content))}")
     return Found(readers, lambda split: f"data.yaml with {split} and names")
 
@@ -59,10 +60,18 @@ def _yaml_in(root: Path) -> Path | None:
 
 
 def _without_yaml(root: Path) -> dict[str, Any]:
-    """What a data.yaml would say of images/ and labels/, or of a train/ and val/ in them, with classes.txt."""
-    names = [line.strip() for line in read_text(root / "classes.txt").splitlines() if line.strip()]
-    folders = {split: f"images/{name}" for split in NAMES for name in NAMES[split] if (root / "images" / name).is_dir()}
-    return {"names": names} | (folders or {"train": "images"})
+    """What a data.yaml would say of a folder with classes.txt, or nothing if there are no boxes of YOLO.
+
+    Label Studio writes images/ and labels/, which may have train/ and val/ in them; labelImg has one folder for all.
+    """
+    if (root / "labels").is_dir() and (root / "images").is_dir():
+        places = [(split, name) for split in NAMES for name in NAMES[split] if (root / "images" / name).is_dir()]
+        content: dict[str, Any] = {split: f"images/{name}" for split, name in places} or {"train": "images"}
+    elif any(path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file() for path in root.iterdir()):
+        content = {"train": "."}
+    else:
+        return {}
+    return content | {"names": [line.strip() for line in read_text(root / "classes.txt").splitlines() if line.strip()]}
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -178,15 +187,30 @@ def _place(path: Path, content: dict[str, Any], entry: str, key: str, problems: 
     names += [name.removeprefix("../") for name in names]
     places = [base / name for name in dict.fromkeys(names) for base in bases]
     found = next((place for place in places if place.exists()), None)
+    if found is not None and content.get("path") and not any(base.exists() for base in bases[:-1]):
+        _warn(problems, path, "path", f"{content['path']} is not there: names start from {path.parent}")
+    if found is None and (found := _of_another_computer(entry, bases)):
+        _warn(problems, path, key, f"{entry} is not there: {found} is taken")
     if found is None:
         looked_for = " or ".join(dict.fromkeys(map(os.path.normpath, places)))
         raise DataError(f"{path}: {key}: no folder or list of images at {looked_for}")
-    if content.get("path") and not any(base.exists() for base in bases[:2]):
-        message = f"{content['path']} is not there: names start from {path.parent}"
-        problem = Problem(str(path), "path", "", "path", message, fatal=False)
-        if problem not in problems:
-            problems.append(problem)
     return Path(os.path.normpath(found))
+
+
+def _of_another_computer(name: str, bases: list[Path]) -> Path | None:
+    """Where an absolute path of Linux or Windows leads without its first folders: the longest rest that is there."""
+    text = name.replace("\\", "/")
+    if not text.startswith("/") and text[1:2] != ":":
+        return None
+    parts = PurePosixPath(text).parts[1:]
+    places = (base.joinpath(*parts[i:]) for i in range(len(parts)) for base in bases)
+    return next((place for place in places if place.exists()), None)
+
+
+def _warn(problems: list[Problem], path: Path, field: str, message: str) -> None:
+    problem = Problem(str(path), "path", "", field, message, fatal=False)
+    if problem not in problems:
+        problems.append(problem)
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -208,11 +232,16 @@ def _of_list(file: Path, path: Path, content: dict[str, Any], problems: list[Pro
             continue
         places = [base / os.path.expanduser(text) for base in bases for text in (name, name.replace("\\", "/"))]
         image = next((place for place in places if place.is_file()), None)
+        if image is None and (image := _of_another_computer(name, bases)) and not image.is_file():
+            image = None
         if image is None:
             message = f"no image at {os.path.normpath(places[0])}"
             problems.append(Problem(str(file), "image file", f"line {number}", "", message))
-        else:
-            yield f"{file}: line {number}", Path(os.path.normpath(image))
+            continue
+        if image not in places:
+            message = f"{name} is not there: {image} is taken"
+            problems.append(Problem(str(file), "path", f"line {number}", "", message, fatal=False))
+        yield f"{file}: line {number}", Path(os.path.normpath(image))
 
 
 def label_files(image: Path) -> list[Path]:
