@@ -159,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         default="copy",
         help="copy the image files, or make symbolic links to them (%(default)s)",
     )
+    _add_split_names(conversion, "train")
+    _add_split_names(conversion, "val")
     add_data_flags(conversion, divided=False)
 
     training = add("train", _train, "Train a detector; the run directory can be resumed after any interruption.")

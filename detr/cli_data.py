@@ -2,8 +2,9 @@
 
 import argparse
 import os
+from pathlib import Path
 
-from detr.convert import convert
+from detr.convert import NAMES, convert
 from detr.errors import DataError
 from detr.flags import hold_out_of, reading_of, scaled_preset
 from detr.load import dataset_of, read_part, read_parts
@@ -33,9 +34,11 @@ def run_check(options: argparse.Namespace) -> int:
             report[name] = summary(part.split, config)
             print(summary_table(report[name]))
         for line in by_kind(part.problems):
-            print(f"  {line}")
+            print(f"  {line}".replace("\n", "\\n"))  # the name of a file may hold a line break
         report[f"{name}_problems"] = [vars(problem) for problem in part.problems]
     fatal = sum(problem.fatal for part in parts.values() for problem in part.problems)
+    if any(len(part.problems) > len(by_kind(part.problems)) for part in parts.values()) and not options.json:
+        print("--json FILE has every one of them")
     if options.json:
         write_file(options.json, json_of(report, "detr check-data"), "detr check-data")
     print("fatal problems:", fatal)
@@ -45,17 +48,18 @@ def run_check(options: argparse.Namespace) -> int:
 def run_conversion(options: argparse.Namespace) -> int:
     """Write a dataset in another format; the exit code."""
     flags = vars(options)
-    dataset, splits = dataset_of(flags), {}
-    if os.path.realpath(options.out) == os.path.realpath(dataset.folder):
-        raise DataError(f"{options.out}: expected another folder than that of the dataset")
-    for name in dataset.splits:
+    dataset, splits, reading = dataset_of(flags), {}, reading_of(flags)
+    for name in sorted(dataset.splits, key=lambda name: (*NAMES, name).index(name)):
         categories = next(iter(splits.values())).categories if splits else None
-        part = read_part(dataset, name, categories, reading_of(flags))
+        part = read_part(dataset, name, categories, reading)
         raise_or_warn(part.problems)
         splits[name] = part.split
-    if not splits:
-        raise DataError(f"{dataset.root}: expected a split, found none")
+    for folder in (dataset.folder, *(split.image_dir for split in splits.values())):
+        if Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(folder)):
+            raise DataError(f"{options.out}: expected a folder outside of {folder}, which the dataset is read from")
     for line in convert(splits, options.out, options.to, options.images):
         print(line)
+    if options.to == "coco" and reading.exif == "ignore":
+        print("boxes are of the pixels as they are stored: read this dataset with --exif ignore too")
     print(f"{options.out}: {', '.join(f'{len(split.images)} images of {name}' for name, split in splits.items())}")
     return 0

@@ -16,7 +16,16 @@ from detr.config import Config, departures
 from detr.data import validation_loader
 from detr.engine import train
 from detr.errors import DataError
-from detr.flags import CONFIG_FLAGS, SWITCHES, checkpoint_of, hold_out_of, new_config, reading_of, run_folder_of
+from detr.flags import (
+    CONFIG_FLAGS,
+    SWITCHES,
+    VAL_FRACTION,
+    checkpoint_of,
+    hold_out_of,
+    new_config,
+    reading_of,
+    run_folder_of,
+)
 from detr.load import dataset_of, read_parts
 from detr.pace import set_pace
 from detr.problems import raise_or_warn
@@ -65,10 +74,10 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
             config, data, categories = new_config(options), distributed.from_main(lambda: _data(options)), None
 
         # the main process alone looks at the files: one message for a fault, and no storm of reads
-        splits, content = distributed.from_main(lambda: _load(data, config, categories))
+        splits, known = distributed.from_main(lambda: _load(data, config, categories, bool(options.resume)))
         if main and options.resume:
-            resume.check_same_data(state, content, path, options.accept_changed_data)
-        data["content"] = content
+            resume.check_same_data(state, known["content"], path, options.accept_changed_data)
+        data |= known
         fresh = not (options.resume or options.weights)
         trainer = Trainer(config, splits["train"], device, options.workers, fresh=fresh)
         val = validation_loader(splits["val"], config, device, options.workers)
@@ -140,17 +149,22 @@ def _is_given(value: Any) -> bool:
 
 
 def _load(
-    data: dict[str, Any], config: Config, categories: dict[int, str] | None
-) -> tuple[dict[str, Split], dict[str, dict[str, Any]]]:
-    """The splits "train" and "val", and what a run remembers of each."""
-    dataset = dataset_of(data)
-    parts, said = read_parts(dataset, categories, config, reading_of(data), hold_out=hold_out_of(data))
+    data: dict[str, Any], config: Config, categories: dict[int, str] | None, resumed: bool
+) -> tuple[dict[str, Split], dict[str, Any]]:
+    """The splits "train" and "val", and what a run remembers of them."""
+    before = {"format": None, "format_before": data.get("format")} if resumed else {}
+    dataset, held = dataset_of(data | before), hold_out_of(data)
+    parts, said = read_parts(dataset, categories, config, reading_of(data), hold_out=held, again=resumed)
     for part in parts.values():
         raise_or_warn(part.problems)
     if said:
         print(said)
     splits = {name: part.split for name, part in parts.items()}
-    return splits, {name: split.content() for name, split in splits.items()}
+    known: dict[str, Any] = {"format": dataset.format}
+    known["content"] = {name: split.content() for name, split in splits.items()}
+    if said:
+        known["val_fraction"], known["split_seed"] = held or (VAL_FRACTION, 0)
+    return splits, known
 
 
 def _introduce(trainer: Trainer, val: Split, out: Path) -> None:

@@ -16,6 +16,7 @@ from detr.progress import progress
 from detr.split import Split
 
 BY = "detr convert"
+NAMES = ("train", "val", "test")  # of splits in YOLO
 
 
 def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[str]:
@@ -34,6 +35,9 @@ def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[s
         OutputError: a file is in the way that `detr convert` did not write, or that is not of this dataset. DataError:
         an image cannot be read, or its name is not one that the format knows as an image.
     """
+    unknown = [split for split in splits if split not in NAMES]
+    if to == "yolo" and unknown:
+        raise DataError(f"split {unknown[0]!r}: expected one of {', '.join(NAMES)}, which YOLO has")
     names = {split: _names(content, to == "yolo") for split, content in splits.items()}
     folders = {split: f"images/{split}" if to == "yolo" else split for split in splits}
     files: dict[str, bytes] = {}
@@ -48,7 +52,7 @@ def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[s
         for name, path in zip(names[split], content.images.paths, strict=True)
     }
     folder = Folder(out, BY)
-    _look(folder, {*targets, *files}, {name.partition("/")[0] for name in targets if "/" in name})
+    _look(folder, {*targets, *files})
     for name, path in progress(targets.items(), desc=f"images to {out}", unit="image", leave=False, delay=2):
         if images == "link":
             folder.link(name, os.path.abspath(path))
@@ -59,16 +63,21 @@ def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[s
     return said
 
 
-def _look(folder: Folder, names: set[str], tops: set[str]) -> None:
-    """Make sure that nothing is in the way, and that nothing else is where the images of the dataset will be."""
+def _look(folder: Folder, names: set[str]) -> None:
+    """Make sure that nothing is in the way, and that nothing else would be read with the dataset.
+
+    Raises:
+        OutputError: there is a file that is not of this conversion, or a link that would be written through.
+    """
     folder.claim(sorted(names))
-    for top in sorted(tops):
-        for parent, _, files in os.walk(folder.path / top):
-            for file in sorted(files):
-                name = (Path(parent) / file).relative_to(folder.path).as_posix()
-                if name not in names and not file.startswith("."):
-                    message = "would be among the images of this dataset: choose another place, or move it away"
-                    raise OutputError(f"{folder.path / name}: is there already, and {message}")
+    for parent, folders, files in os.walk(folder.path):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for file in sorted(files) + links:
+            name = (Path(parent) / file).relative_to(folder.path).as_posix()
+            is_link = (folder.path / name).is_symlink() and not folder.is_own_link(name)
+            if is_link or (name not in names and not file.startswith(".")):
+                message = "is there already, and not of this conversion: choose another place, or move it away"
+                raise OutputError(f"{folder.path / name}: {message}")
 
 
 def _names(split: Split, yolo: bool) -> list[str]:
@@ -78,6 +87,9 @@ def _names(split: Split, yolo: bool) -> list[str]:
     for path in split.images.paths:
         relative = os.path.relpath(path, split.image_dir)
         name = PurePosixPath(Path(path).name if relative.startswith("..") else Path(relative).as_posix())
+        if yolo:  # a folder images/ would be taken for that of the labels, and what starts with a dot for no image
+            folders = (f"{part}_" if part == "images" else part for part in name.parts[:-1])
+            name = PurePosixPath(*folders, f"_{name.name}" if name.name.startswith(".") else name.name)
         if yolo and name.suffix.lower() not in SUFFIXES:
             known = ", ".join(sorted(SUFFIXES))
             raise DataError(f"{path}: YOLO knows images by their suffix: expected one of {known}")
@@ -116,7 +128,8 @@ def _coco_json(split: str, content: Split, names: list[str], said: list[str]) ->
 
 def _data_yaml(split: Split, folders: dict[str, str]) -> bytes:
     content = folders | {"names": dict(enumerate(split.class_names))}
-    return f"# {BY}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}".encode()
+    printable = all(map(str.isprintable, split.class_names))  # YAML has more ends of lines
+    return f"# {BY}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=printable)}".encode()
 
 
 def _yolo_labels(split: str, content: Split, names: list[str], said: list[str]) -> dict[str, bytes]:

@@ -126,6 +126,8 @@ def _open(path: Path, reading: Reading) -> Iterator[Image.Image]:
     try:
         if reading.large:
             Image.MAX_IMAGE_PIXELS = None  # in every process that loads images
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError("expected an image file")
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS and not reading.large:
                 raise Image.DecompressionBombError

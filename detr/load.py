@@ -41,7 +41,7 @@ def dataset_of(flags: dict[str, Any]) -> Dataset:
         for kind in ("json", "images")
     }
     given = Given(tuple(flags.get("classes") or ()), **kinds)
-    return open_dataset(Path(flags["data"]), flags.get("format"), given)
+    return open_dataset(Path(flags["data"]), flags.get("format"), given, flags.get("format_before"))
 
 
 def load_split(
@@ -107,18 +107,20 @@ def read_parts(
     reading: Reading = DEFAULT_READING,
     decode: bool = False,
     hold_out: tuple[float, int] | None = None,
+    again: bool = False,
 ) -> tuple[dict[str, Part], str]:
     """The splits "train" and "val", and a line that says so if `val` had to be held out of `train`.
 
     Args:
         hold_out: (fraction, seed) for a dataset without a split `val`; None takes (0.2, 0).
+        again: hold out even if there is a split `val` by now, as the run did that is resumed.
 
     Raises:
         DataError: as `read_part`; or `hold_out` is given and there is a split `val`.
     """
     parts, said = {"train": read_part(dataset, "train", categories, reading, decode)}, ""
     train = parts["train"].split
-    if "val" in dataset.splits:
+    if "val" in dataset.splits and not (again and hold_out):
         if hold_out:
             raise _not_needed(dataset)
         known = categories or (train.categories if train and not parts["train"].fatal else None)
@@ -175,8 +177,8 @@ def divide(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     if count < 2:
         raise DataError(f"{split.source}: expected a split val, or 2 images to hold one of them out, got {count} image")
 
-    def rank(i: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{names[i]}".encode(errors="surrogateescape")).digest()
+    def rank(i: int) -> tuple[bytes, str]:  # names may be equal in several folders
+        return hashlib.sha256(f"{seed}/{names[i]}".encode(errors="surrogateescape")).digest(), split.names[i]
 
     held = set(sorted(range(count), key=rank)[: min(max(1, round(fraction * count)), count - 1)])
     parts: Sequence[list[int]] = [i for i in range(count) if i not in held], sorted(held)

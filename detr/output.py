@@ -200,7 +200,7 @@ class Folder:
         self.claim([name])
         path = self.path / name
         make_parent(path)
-        if self._is_own_link(name, path):  # else its target would be written to
+        if self.is_own_link(name):  # else its target would be written to
             path.unlink()
         # the line comes first: killed in between, the file that is there is still known by its own line
         with whole(path, durable, lambda digest: self.note(name, digest, durable)) as file:
@@ -237,11 +237,13 @@ class Folder:
 
     def _is_own(self, name: str, path: Path) -> bool:
         digests = self._own.get(name, ())
-        if self._is_own_link(name, path):
+        if self.is_own_link(name):
             return True
         return None in digests or (bool(digests) and path.is_file() and _digest(path) in digests)
 
-    def _is_own_link(self, name: str, path: Path) -> bool:
+    def is_own_link(self, name: str) -> bool:
+        """Whether the command made a link of this name, which is as it was."""
+        path = self.path / name
         return path.is_symlink() and _digest_of_link(os.readlink(path)) in self._own.get(name, ())
 
 

@@ -1,5 +1,6 @@
 """Faults of a dataset: where each is, what it is, and whether it stops a training."""
 
+import reprlib
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ from typing import Any
 from detr.errors import DataError
 
 _LONGEST = 60  # characters of a value that a message shows
+_BEGINNING = reprlib.Repr()
+_BEGINNING.maxlevel = 2
+_BEGINNING.maxstring = _BEGINNING.maxother = _LONGEST
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def raise_or_warn(problems: list[Problem]) -> None:
         warnings.warn(line.removeprefix("warning "), stacklevel=3)
 
 
-def cut(value: Any) -> str:
+def cut(value: Any, longest: int = _LONGEST) -> str:
     """A text of a value, short enough for a message of one line."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    # of a list within lists only the beginning: a yaml can name billions of entries in a few lines
+    text = " ".join((value if isinstance(value, str) else _BEGINNING.repr(value)).split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."

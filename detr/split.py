@@ -156,17 +156,17 @@ class Split:
         return self._files[1]
 
     @functools.cached_property
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         return [os.path.relpath(path, self.image_dir) for path in self.images.paths]
 
     @functools.cached_property
     def _order(self) -> list[int]:
-        return sorted(range(len(self._names)), key=self._names.__getitem__)
+        return sorted(range(len(self.names)), key=self.names.__getitem__)
 
     @functools.cached_property
     def _files(self) -> tuple[str, list[bytes]]:
         """One hash of all files in the order of their names, and one of each in the order of the images: read once."""
-        parts = [b""] * len(self._names)
+        parts = [b""] * len(self.names)
 
         def read() -> Iterator[bytes]:
             for i in self._order:
@@ -184,7 +184,7 @@ class Split:
         are `categories`.
         """
         images = self.images
-        names, order = self._names, self._order
+        names, order = self.names, self._order
         rows = [images.rows(i) for i in order]
 
         def column(name: str) -> Iterator[bytes]:

@@ -6,7 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+import numpy as np
 import yaml
+from PIL import Image
+
+from detr.split import Split
+from detr.synth import write_dataset
 
 SPLITS = {"train": "train", "val": "valid"}  # and what Roboflow calls them
 
@@ -84,3 +89,36 @@ def write_voc(source: Path, out: Path) -> None:
 
 
 WRITERS = {"roboflow": write_roboflow, "yolo": write_yolo, "voc": write_voc}
+
+
+def write_all(root: Path) -> Path:
+    """A dataset of 40 images as COCO, some of them without objects, and the same in the other formats."""
+    write_dataset(root / "coco", 32, 8, 60, 0)  # by which few fractions are exact
+    for split in ("train", "val"):
+        data = content(root / "coco", split)
+        empty = {data["images"][i]["id"] for i in (0, 5)}
+        data["annotations"] = [a for a in data["annotations"] if a["image_id"] not in empty]
+        for annotation in data["annotations"]:
+            del annotation["area"]  # which the others do not have
+        # VOC has no order: that of the alphabet
+        names = sorted(category["name"] for category in data["categories"])
+        new = {c["id"]: names.index(c["name"]) + 1 for c in data["categories"]}
+        for annotation in data["annotations"]:
+            annotation["category_id"] = new[annotation["category_id"]]
+        data["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+        (root / "coco" / f"instances_{split}.json").write_text(json.dumps(data))
+    for name, write in WRITERS.items():
+        write(root / "coco", root / name)
+    return root
+
+
+def assert_same(split: Split, expected: Split) -> None:
+    """Equal images in the same order, with equal sizes, boxes, labels and names of classes."""
+    assert split.class_names == expected.class_names
+    assert [path.removeprefix("train_").removeprefix("val_") for path in split.names] == expected.names
+    for path, other in zip(split.images.paths, expected.images.paths, strict=True):
+        assert np.array_equal(Image.open(path), Image.open(other))
+    for name in ("sizes", "ends", "boxes", "labels", "crowd"):
+        ours, theirs = getattr(split.images, name), getattr(expected.images, name)
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), name
+    np.testing.assert_allclose(split.images.areas, expected.images.areas, rtol=1e-12)

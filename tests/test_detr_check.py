@@ -61,6 +61,7 @@ FAULTS = {
     ),
     "image without id": (("images", 1, "id"), 2.5, "image at position 1: id: expected an integer, got 2.5"),
     "no width": (("images", 1, "width"), None, "image 2: width: expected a positive integer, pixels, got null"),
+    "a huge width": (("images", 1, "width"), 1e30, "image 2: width: expected a positive integer, pixels, got 1000"),
     "no height": (("images", 1, "height"), 0, "image 2: height: expected a positive integer, pixels, got 0"),
     "climbing out": (("images", 1, "file_name"), "a/../../b.png", "image 2: file_name: 'a/../../b.png' leads out"),
     "absolute": (("images", 1, "file_name"), "/etc/passwd", "image 2: file_name: '/etc/passwd' leads out"),
@@ -242,9 +243,7 @@ def test_no_dataset_at_all(tmp_path):
         DataError, match=r"no dataset: looked for annotations/instances_train2017\.json or .* \(COCO\); "
     ):
         open_dataset(tmp_path)
-    with pytest.raises(
-        DataError, match=r"no dataset: looked for data\.yaml with train and names \(YOLO\); found nothing$"
-    ):
+    with pytest.raises(DataError, match=r"no dataset: looked for data\.yaml with train .* \(YOLO\); found nothing$"):
         open_dataset(tmp_path, "yolo")
     (tmp_path / "instances_train.json").write_text("{}")
     with pytest.raises(DataError, match="no image folder of the split 'train': looked for train2017 or train"):

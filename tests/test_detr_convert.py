@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_detr_formats import NAMES, assert_same, datasets  # noqa: F401
 from user_files import snapshot
 
 from detr.cli import main
@@ -18,6 +17,14 @@ from detr.convert import turned
 from detr.images import Reading, read_image
 from detr.load import load_split
 from detr.output import MANIFEST
+
+NAMES = ["coco", *data_formats.WRITERS]
+assert_same = data_formats.assert_same
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    return data_formats.write_all(tmp_path_factory.mktemp("formats"))
 
 
 def convert(*arguments):
@@ -27,7 +34,7 @@ def convert(*arguments):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("to", ["coco", "yolo"])
 @pytest.mark.filterwarnings("ignore:superfluous category")
-def test_each_format_as_each_other(datasets, tmp_path, name, to, capsys):  # noqa: F811
+def test_each_format_as_each_other(datasets, tmp_path, name, to, capsys):
     assert convert(datasets / name, tmp_path / "out", "--to", to) == 0
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}: 32 images of train, 8 images of val\n")
     for split in ("train", "val"):
@@ -35,13 +42,13 @@ def test_each_format_as_each_other(datasets, tmp_path, name, to, capsys):  # noq
         if to == "coco":  # with every number as it was
             assert found.categories == expected.categories and found.images.ids == expected.images.ids
             assert np.array_equal(found.images.areas, expected.images.areas)
-        assert found._names == expected._names and found.class_names == expected.class_names
+        assert found.names == expected.names and found.class_names == expected.class_names
         assert_same(found, load_split(datasets / "coco", split))
         for ours, theirs in zip(found.images.paths, expected.images.paths, strict=True):
             assert Path(ours).read_bytes() == Path(theirs).read_bytes()
 
 
-def test_coco_to_yolo_and_back(datasets, tmp_path):  # noqa: F811
+def test_coco_to_yolo_and_back(datasets, tmp_path):
     assert convert(datasets / "coco", tmp_path / "yolo", "--to", "yolo", "--images", "link") == 0
     assert convert(tmp_path / "yolo", tmp_path / "coco") == 0
     for split in ("train", "val"):
@@ -64,7 +71,7 @@ def test_what_yolo_has_no_word_for(tmp_path, capsys):
     said = "train: left out 1 crowds, which YOLO has no word for: their places count as background"
     assert said in capsys.readouterr().out
     found = load_split(tmp_path / "yolo")
-    assert found._names == ["a.png", "c.png", "sub/b.png"]  # in the order of their names
+    assert found.names == ["a.png", "c.png", "sub/b.png"]  # in the order of their names
     assert found.images[0].boxes.tolist() == [[4, 6, 14, 18], [20.5, 10, 40, 30]]
     assert found.categories == {0: "ant", 1: "owl", 2: "zebra"} and found.images.labels.tolist() == [2, 1, 0]
     # all of it comes back as COCO
@@ -80,7 +87,7 @@ def test_names_that_share_a_text_file(tmp_path, capsys):
     coco_files.write(tmp_path / "coco", data)
     assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 0
     found, before = load_split(tmp_path / "yolo"), load_split(tmp_path / "coco")
-    assert found._names == ["a.png", "a_2.bmp", "sub/a.png"]
+    assert found.names == ["a.png", "a_2.bmp", "sub/a.png"]
     assert [len(image.labels) for image in found.images] == [2, 1, 0]
     assert found.images.boxes[2:].tolist() == before.images.boxes[3:].tolist()
     (tmp_path / "coco" / "train" / "a.bmp").rename(tmp_path / "coco" / "train" / "a.ppm")
@@ -125,7 +132,7 @@ def test_boxes_turn_as_pixels_do(tmp_path, orientation):
         assert load_split(tmp_path / "coco", reading=Reading("ignore")).images.sizes.tolist() == [[40, 20]]
 
 
-def test_links(datasets, tmp_path, capsys):  # noqa: F811
+def test_links(datasets, tmp_path, capsys):
     shutil.copytree(datasets / "yolo", tmp_path / "src")
     before = snapshot(tmp_path / "src")
     out = tmp_path / "out"
@@ -155,17 +162,17 @@ def test_links(datasets, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize(("to", "place"), [("coco", "train/z.jpg"), ("yolo", "images/val/sub/z.png")])
-def test_other_files_among_the_images_are_named(datasets, tmp_path, to, place, capsys):  # noqa: F811
+def test_other_files_among_the_images_are_named(datasets, tmp_path, to, place, capsys):
     """They would be images of the dataset when it is read."""
     path = tmp_path / "out" / place
     path.parent.mkdir(parents=True)
     path.write_text("x")
     assert convert(datasets / "coco", tmp_path / "out", "--to", to) == 1
-    assert f"{path}: is there already, and would be among the images of this dataset" in capsys.readouterr().err
+    assert f"{path}: is there already, and not of this conversion" in capsys.readouterr().err
     assert list(snapshot(tmp_path)) == [f"out/{place}"]
 
 
-def test_a_smaller_dataset_into_the_same_place(datasets, tmp_path, capsys):  # noqa: F811
+def test_a_smaller_dataset_into_the_same_place(datasets, tmp_path, capsys):
     shutil.copytree(datasets / "coco", tmp_path / "src")
     assert convert(tmp_path / "src", tmp_path / "out") == 0
     data = data_formats.content(tmp_path / "src", "train")
@@ -179,16 +186,18 @@ def test_a_smaller_dataset_into_the_same_place(datasets, tmp_path, capsys):  # n
     assert snapshot(tmp_path) == before
 
 
-def test_into_the_dataset_itself(datasets, tmp_path, capsys):  # noqa: F811
+def test_into_the_dataset_itself(datasets, tmp_path, capsys):
     for name in NAMES:
         shutil.copytree(datasets / name, tmp_path / name)
         before = snapshot(tmp_path / name)
         assert convert(tmp_path / name, tmp_path / name / "." / "") == 1
-        assert f"{tmp_path / name}: expected another folder than that of the dataset" in capsys.readouterr().err
+        message = f"{tmp_path / name}: expected a folder outside of {tmp_path / name}, which the dataset is read from"
+        assert message in capsys.readouterr().err
+        assert convert(tmp_path / name, tmp_path / name / "new") == 1
         assert snapshot(tmp_path / name) == before
 
 
-def test_what_is_wrong_with_a_dataset_stops_a_conversion(datasets, tmp_path, capsys):  # noqa: F811
+def test_what_is_wrong_with_a_dataset_stops_a_conversion(datasets, tmp_path, capsys):
     shutil.copytree(datasets / "yolo", tmp_path / "src")
     (tmp_path / "src" / "labels" / "val" / "000001.txt").write_text("0 1 2\n")
     assert convert(tmp_path / "src", tmp_path / "out") == 1
@@ -199,3 +208,97 @@ def test_what_is_wrong_with_a_dataset_stops_a_conversion(datasets, tmp_path, cap
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "train", "val", "instances_train.json", "instances_val.json", MANIFEST,
     }  # fmt: skip
+
+
+def test_links_that_a_user_made_are_not_written_through(datasets, tmp_path, capsys):
+    """As a tool that looks for copies makes them, of a file or of a whole folder."""
+    for name in ("src", "other"):
+        shutil.copytree(datasets / "coco", tmp_path / name)
+    for path in (tmp_path / "other" / "train").iterdir():
+        path.write_bytes(path.with_name("000003.jpg").read_bytes())
+    out = tmp_path / "out"
+    assert convert(tmp_path / "src", out) == 0
+    before = snapshot(tmp_path / "src")
+    image = out / "train" / "000000.jpg"
+    image.unlink()
+    image.symlink_to(tmp_path / "src" / "train" / "000000.jpg")
+    capsys.readouterr()
+    assert convert(tmp_path / "other", out) == 1
+    assert f"{image}: is there already, and not of this conversion" in capsys.readouterr().err
+    shutil.rmtree(out / "train")
+    (out / "train").symlink_to(tmp_path / "src" / "train")
+    assert convert(tmp_path / "other", out) == 1
+    assert f"{out / 'train'}: is there already, and not of this conversion" in capsys.readouterr().err
+    assert snapshot(tmp_path / "src") == before
+
+
+@pytest.mark.parametrize("place", ["annotations/instances_train.json", "instances_test.json", "data.yaml", "x/a.xml"])
+def test_nothing_else_may_be_read_with_what_is_written(datasets, tmp_path, place, capsys):
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert convert(datasets / "voc", tmp_path / "out") == 1
+    assert f"{path}: is there already, and not of this conversion" in capsys.readouterr().err
+    assert list(snapshot(tmp_path)) == [f"out/{place}"]
+
+
+def test_a_split_of_an_earlier_conversion(datasets, tmp_path, capsys):
+    shutil.copytree(datasets / "coco", tmp_path / "src")
+    assert convert(tmp_path / "src", tmp_path / "out") == 0
+    (tmp_path / "src" / "instances_val.json").unlink()
+    assert convert(tmp_path / "src", tmp_path / "out") == 1
+    assert f"{tmp_path}/out/instances_val.json: is there already" in capsys.readouterr().err
+
+
+def test_names_that_yolo_would_not_find(tmp_path):
+    """Below a folder images/, where the text files would be looked for elsewhere; and hidden ones."""
+    data = coco_files.content()
+    for image, name in zip(data["images"], ("images/a.png", ".b.png", "x/images/images/c.png"), strict=True):
+        image["file_name"] = name
+    coco_files.write(tmp_path / "coco", data)
+    assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 0
+    found, before = load_split(tmp_path / "yolo"), load_split(tmp_path / "coco")
+    assert found.names == ["_.b.png", "images_/a.png", "x/images_/images_/c.png"]
+    assert [len(image.labels) for image in found.images] == [1, 2, 0]
+    assert found.images[1].boxes.tolist() == before.images[0].boxes[:2].tolist()  # the third is a crowd
+
+
+def test_splits_that_yolo_does_not_have(tmp_path, capsys):
+    data = coco_files.content()
+    coco_files.write(tmp_path / "coco", data)
+    coco_files.write(tmp_path / "coco", data, "path")
+    assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 1
+    assert "split 'path': expected one of train, val, test, which YOLO has" in capsys.readouterr().err
+    assert convert(tmp_path / "coco", tmp_path / "again") == 0
+    # a json without images is none
+    (tmp_path / "coco" / "instances_old.json").write_text(json.dumps(data))
+    assert convert(tmp_path / "coco", tmp_path / "third") == 0
+    assert "path" in capsys.readouterr().out
+
+
+def test_names_of_files_that_are_given(tmp_path):
+    json_path, folder = coco_files.write(tmp_path / "coco")
+    json_path.rename(tmp_path / "coco" / "result.json")
+    folder.rename(tmp_path / "coco" / "pictures")
+    assert (
+        convert(tmp_path / "coco", tmp_path / "out", "--train-json", "result.json", "--train-images", "pictures") == 0
+    )
+    assert len(load_split(tmp_path / "out").images) == 3
+
+
+def test_names_of_classes_that_mean_something_in_yaml(tmp_path):
+    names = ["no", "1", "null", "~", "a: b", "#x", "a\x85b", "'q' \"r\"", "[", "- a", "猫", "0x1f", "1e3", "<<"]
+    data = coco_files.content()
+    data["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    data["annotations"] = [a | {"category_id": 7} for a in data["annotations"]]
+    coco_files.write(tmp_path / "coco", data)
+    assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 0
+    assert load_split(tmp_path / "yolo").class_names == names
+
+
+def test_pixels_as_they_are_stored(datasets, tmp_path, capsys):
+    assert convert(datasets / "yolo", tmp_path / "out", "--exif", "ignore") == 0
+    assert (
+        "boxes are of the pixels as they are stored: read this dataset with --exif ignore too"
+        in capsys.readouterr().out
+    )

@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import coco_files
 import data_formats
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from user_files import SMALL
 
 from detr import checkpoint
@@ -17,44 +17,14 @@ from detr.errors import DataError
 from detr.flags import DATA_FORMATS
 from detr.formats import FORMATS, open_dataset
 from detr.load import divide, load_split, load_to_evaluate, read_parts
-from detr.synth import write_dataset
 
 NAMES = ["coco", *data_formats.WRITERS]
+assert_same = data_formats.assert_same
 
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """A dataset of 40 images as COCO, some of them without objects, and the same in the other formats."""
-    root = tmp_path_factory.mktemp("formats")
-    write_dataset(root / "coco", 32, 8, 60, 0)  # by which few fractions are exact
-    for split in ("train", "val"):
-        data = data_formats.content(root / "coco", split)
-        empty = {data["images"][i]["id"] for i in (0, 5)}
-        data["annotations"] = [a for a in data["annotations"] if a["image_id"] not in empty]
-        for annotation in data["annotations"]:
-            del annotation["area"]  # which the others do not have
-        # VOC has no order: that of the alphabet
-        names = sorted(category["name"] for category in data["categories"])
-        new = {c["id"]: names.index(c["name"]) + 1 for c in data["categories"]}
-        for annotation in data["annotations"]:
-            annotation["category_id"] = new[annotation["category_id"]]
-        data["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
-        (root / "coco" / f"instances_{split}.json").write_text(json.dumps(data))
-    for name, write in data_formats.WRITERS.items():
-        write(root / "coco", root / name)
-    return root
-
-
-def assert_same(split, expected):
-    """Equal images in the same order, with equal sizes, boxes, labels and names of classes."""
-    assert split.class_names == expected.class_names
-    assert [path.removeprefix("train_").removeprefix("val_") for path in split._names] == expected._names
-    for path, other in zip(split.images.paths, expected.images.paths, strict=True):
-        assert np.array_equal(Image.open(path), Image.open(other))
-    for name in ("sizes", "ends", "boxes", "labels", "crowd"):
-        ours, theirs = getattr(split.images, name), getattr(expected.images, name)
-        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), name
-    np.testing.assert_allclose(split.images.areas, expected.images.areas, rtol=1e-12)
+    return data_formats.write_all(tmp_path_factory.mktemp("formats"))
 
 
 def test_the_formats_are_those_of_the_flag():
@@ -195,8 +165,8 @@ def test_without_a_validation_split_some_images_are_held_out(datasets, tmp_path,
 def test_which_images_are_held_out(datasets):
     split = load_split(datasets / "coco")
     train, val = divide(split, 0.25, 3)
-    assert len(val.images) == 8 and sorted(train._names + val._names) == sorted(split._names)
-    assert train._names == [name for name in split._names if name in train._names]  # in their order
+    assert len(val.images) == 8 and sorted(train.names + val.names) == sorted(split.names)
+    assert train.names == [name for name in split.names if name in train.names]  # in their order
     # boxes go with their images
     for part in (train, val):
         for image in part.images:
@@ -204,10 +174,10 @@ def test_which_images_are_held_out(datasets):
             assert torch.equal(image.boxes, same.boxes) and torch.equal(image.labels, same.labels)
     # neither the order of the images nor more of them move one from a side to the other, but at the border
     again = divide(split.only(list(range(32))[::-1]), 0.25, 3)[1]
-    assert sorted(again._names) == sorted(val._names)
-    assert divide(split, 0.25, 4)[1]._names != val._names
+    assert sorted(again.names) == sorted(val.names)
+    assert divide(split, 0.25, 4)[1].names != val.names
     fewer = divide(split.only(range(28)), 0.25, 3)[1]
-    assert len(set(fewer._names) - set(val._names)) <= 2
+    assert len(set(fewer.names) - set(val.names)) <= 2
     assert len(divide(split, 0.001, 0)[1].images) == 1 and len(divide(split, 0.999, 0)[0].images) == 1
     with pytest.raises(DataError, match="expected a split val, or 2 images to hold one of them out, got 1 image"):
         divide(split.only([0]), 0.5, 0)
@@ -276,3 +246,31 @@ def test_what_is_evaluated_of_a_dataset_without_a_validation_split(datasets, tmp
         assert len(split.images) == count and bool(said) == (count < 32)
     with pytest.raises(DataError, match="no split 'test'"):
         load_to_evaluate(dataset, "test", categories)
+
+
+def test_equal_names_in_several_folders_are_held_out_alike(datasets):
+    split = load_split(datasets / "coco")
+    moved = [replace(image, path=split.image_dir / str(i) / "a.jpg") for i, image in enumerate(split.images)]
+    held = divide(replace(split, images=moved), 0.25, 0)[1]
+    again = divide(replace(split, images=moved[::-1]), 0.25, 0)[1]
+    assert sorted(held.names) == sorted(again.names) and len(held.names) == 8
+
+
+def test_a_run_goes_on_when_its_dataset_has_grown(datasets, tmp_path, capsys):
+    """By a split val, and by another format in the same folder: it goes on with what it began with."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(datasets / "coco", data)
+    (data / "instances_val.json").rename(tmp_path / "val.json")
+    flags = ["--steps", "1", "--workers", "0", *SMALL]
+    assert main(["train", "--data", str(data), "--out", str(run), *flags]) == 0
+    (tmp_path / "val.json").rename(data / "instances_val.json")
+    shutil.copy(datasets / "yolo" / "data.yaml", data)
+    for kind in ("images", "labels"):
+        shutil.copytree(datasets / "yolo" / kind, data / kind)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run)]) == 0
+    out, error = capsys.readouterr()
+    assert "6 of its 32 images are held out for it (--val-fraction 0.2 --split-seed 0)" in out
+    assert "error" not in error
+    assert main(["train", "--data", str(data), "--out", str(tmp_path / "new"), *flags]) == 1
+    assert "files of COCO and YOLO: say which" in capsys.readouterr().err

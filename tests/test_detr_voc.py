@@ -1,9 +1,11 @@
 """Pascal VOC: corners that count from 1, the places of its files, and every fault by file and object."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import user_files
 from PIL import Image
 
 from detr.cli import main
@@ -70,7 +72,7 @@ def test_the_order_of_classes(root):
     given = open_dataset(root, given=Given(("owl", "cow", "bee", "ant")))
     split = load_split(given)
     assert split.class_names == ["owl", "cow", "bee", "ant"] and split.images.labels.tolist() == [0, 3, 2]
-    (root / "classes.txt").write_text("bee\n\nowl \nant\n")
+    (root / "classes.txt").write_text("bee\nowl \nant\n\n")
     split = load_split(root)
     assert split.class_names == ["bee", "owl", "ant"] and split.images.labels.tolist() == [1, 2, 0]
     # the flag has the last word, and a class that is in neither is named by file and object
@@ -79,7 +81,7 @@ def test_the_order_of_classes(root):
     (root / "classes.txt").write_text("owl\nbee\n")
     with pytest.raises(DataError, match=r"a\.xml: object 2: name: class 'ant' is not one of .*/classes\.txt$"):
         load_split(root)
-    for text in ("", "owl\nowl\n"):
+    for text in ("", "owl\nowl\n", "owl\n\nbee\n"):
         (root / "classes.txt").write_text(text)
         with pytest.raises(DataError, match=r"classes\.txt: expected a name on each line, no two the same, got"):
             load_split(root)
@@ -298,7 +300,7 @@ def test_an_image_that_is_missing_or_broken(root):
 def test_other_xml_files_are_no_dataset(tmp_path):
     (tmp_path / "pom.xml").write_text("<project/>")
     with pytest.raises(
-        DataError, match=r"no dataset: looked for .* Annotations/\*\.xml with ImageSets/Main/train\.txt"
+        DataError, match=r"no dataset: looked for .* Annotations/\*\.xml, with ImageSets.*; found pom\.xml$"
     ):
         open_dataset(tmp_path)
 
@@ -308,3 +310,63 @@ def test_a_class_that_the_training_did_not_have(root):
         load_split(root, "train", {4: "ant", 9: "bee"})
     split = load_split(root, "train", {4: "owl", 9: "cow", 10: "ant", 11: "bee"})
     assert split.images.labels.tolist() == [0, 2, 3] and split.class_names == ["owl", "cow", "ant", "bee"]
+
+
+@pytest.mark.parametrize(
+    ("text", "difficult"),
+    [("0", False), (" 1 ", True), ("true", True), ("False", False), ("Unspecified", False), ("", False), ("yes", True)],
+)
+def test_ways_to_write_difficult(root, text, difficult):
+    write(root, "b", thing("bee", more=f"<difficult>{text}</difficult>"), thing("ant"))
+    split = read_part(open_dataset(root), "train").split
+    assert split.images.crowd.tolist() == [False, False, difficult, False]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("<difficult>2</difficult>", "difficult: expected 0 or 1, got 2"),
+        ("<difficult>0</difficult><difficult>1</difficult>", "difficult: expected one, got 2"),
+        ("<name>owl</name>", "name: expected one, got 2"),
+        ("<bndbox></bndbox>", "bndbox: expected one, got 2"),
+    ],
+)
+def test_fields_that_say_two_things(root, more, message):
+    xml = write(root, "b", thing("bee", more=more))
+    [problem] = read_part(open_dataset(root), "train").problems
+    assert problem.fatal and str(problem) == f"{xml}: object 1: {message}"
+
+
+def test_folders_of_splits_come_before_a_stray_xml(tmp_path):
+    for split in ("train", "valid"):
+        write(tmp_path, "a", thing(), annotations=split, images=split)
+    write(tmp_path, "example", thing(), annotations=".", images=".")
+    assert open_dataset(tmp_path).splits == ["train", "val"]
+
+
+def test_what_macos_leaves_beside_an_xml(root):
+    for name in ("._a.xml", "._b.xml", "._c.xml", "._d.xml", "._e.xml", "._f.xml"):
+        (root / "Annotations" / name).write_bytes(b"\0\5")
+    (root / "ImageSets/Main/train.txt").unlink()
+    (root / "ImageSets/Main/val.txt").unlink()
+    assert [path.stem for path in map(Path, load_split(root).images.paths)] == ["a", "b", "c"]
+
+
+def test_a_name_with_a_dot_is_no_suffix(root):
+    lists(root, train="a.v2\n")
+    [problem] = [problem for problem in read_part(open_dataset(root), "train").problems if problem.fatal][:1]
+    assert str(problem) == f"{root}/ImageSets/Main/train.txt: line 1: no xml at {root}/Annotations/a.v2.xml"
+
+
+def test_an_xml_that_cannot_be_read(root):
+    with user_files.unreadable(root / "Annotations/b.xml"):
+        [problem] = [problem for problem in read_part(open_dataset(root), "train").problems if problem.fatal]
+    assert str(problem) == f"{root}/Annotations/b.xml: not read: Permission denied"
+    (root / "JPEGImages/a.png").rename(root / "JPEGImages/a.Png")
+    assert load_split(root).names == ["a.Png", "b.png"]
+
+
+def test_the_order_is_that_of_the_images(tmp_path):
+    for stem in ("a", "a.k", "a-1"):
+        write(tmp_path, stem, thing())
+    assert load_split(tmp_path).names == ["a.png", "a-1.png", "a.k.png"]

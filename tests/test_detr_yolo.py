@@ -1,11 +1,11 @@
-"""YOLO's folders: every way to name images and classes, and every fault by file and line."""
+"""YOLO's folders: every way to name images and classes."""
 
-import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from yolo_files import LINE, birds, fatal, image, write
 
 from detr.cli import main
 from detr.errors import DataError
@@ -13,38 +13,10 @@ from detr.formats import open_dataset
 from detr.images import Reading
 from detr.load import load_split, read_part
 
-LINE = "0 0.5 0.5 0.25 0.5\n"
-
-
-def image(path, size=(40, 20), orientation=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(abs(hash(path.name)) % 100).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    Image.fromarray(pixels).save(path, exif=exif)
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
 
 @pytest.fixture
 def root(tmp_path):
-    """Two training images and one of val, of 40 x 20 pixels, each with a box in the middle."""
-    for split, name in (("train", "a"), ("train", "b"), ("val", "c")):
-        image(tmp_path / "images" / split / f"{name}.png")
-        write(tmp_path / "labels" / split / f"{name}.txt", LINE)
-    write(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [ant, owl]\n")
-    return tmp_path
-
-
-def fatal(root, name="train"):
-    """The only fatal problem."""
-    problems = read_part(open_dataset(root), name).problems
-    [problem] = [problem for problem in problems if problem.fatal]
-    return problem
+    return birds(tmp_path)
 
 
 def test_boxes_in_numbers(root):
@@ -83,7 +55,7 @@ def test_an_image_without_a_text_file_has_no_objects(root):
     write(root / "images/train/._a.png", "x")
     write(root / "images/train/notes.md", "x")
     split = load_split(root)
-    assert split._names == ["a.png", "b.png", "sub/c.JPG"]
+    assert split.names == ["a.png", "b.png", "sub/c.JPG"]
     assert split.images.ends.tolist() == [0, 1, 1]
 
 
@@ -179,7 +151,7 @@ def test_all_in_one_folder(tmp_path):
     write(tmp_path / "a.txt", LINE)
     write(tmp_path / "classes.txt", "ant\n")
     split = load_split(tmp_path)
-    assert split._names == ["a.png", "b.png"] and split.images.ends.tolist() == [1, 1]
+    assert split.names == ["a.png", "b.png"] and split.images.ends.tolist() == [1, 1]
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match=r"no dataset: looked for .*; found a\.png, b\.png, classes\.txt$"):
         open_dataset(tmp_path)
@@ -216,104 +188,6 @@ def test_boxes_are_of_the_turned_image(root, orientation):
     assert ignored.images.sizes.tolist() == [[40, 20]] * 2
 
 
-LINES = {
-    "3 numbers": ("0 0.5 0.5", "expected a class and 4 numbers .*; got 3 numbers"),
-    "6 numbers": ("0 0.5 0.5 0.25 0.5 0.9", "expected a class and 4 .*; got 6 numbers: a detection with its score"),
-    "8 numbers": ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "expected .* the corners of a polygon, 3 or more; got 8 numbers"),
-    "a class alone": ("0", "expected a class and 4 numbers .*; got 1 numbers"),
-    "above 1": ("0 0.5 0.5 0.25 1.2", r"expected fractions of the image, 0 to 1, got 1\.2"),
-    "below 0": ("0 -0.1 0.5 0.25 0.2", r"expected fractions of the image, 0 to 1, got -0\.1"),
-    "pixels": ("0 20 10 10 10", "expected fractions of the image, 0 to 1, got 20"),
-    "a polygon outside": ("0 0.1 0.2 0.5 1.9 0.3 0.1", r"expected fractions of the image, 0 to 1, got 1\.9"),
-    "NaN": ("0 nan 0.5 0.25 0.5", "expected finite numbers, got nan"),
-    "infinity": ("0 0.5 inf 0.25 0.5", "expected finite numbers, got inf"),
-    "a word": ("0 0.5 0.5 0.25 wide", "expected finite numbers, got wide"),
-    "commas": ("0,0.5,0.5,0.25,0.5", r"expected finite numbers, got 0,0\.5,.*"),
-    "half a class": ("0.5 0.5 0.5 0.25 0.5", r"expected the number of a class first, got 0\.5"),
-    "a class below 0": ("-1 0.5 0.5 0.25 0.5", "expected the number of a class first, got -1"),
-    "a class without a name": ("2 0.5 0.5 0.25 0.5", r"class 2, and .*data\.yaml names 2 classes, 0 to 1"),
-    "the name of a class": ("ant 0.5 0.5 0.25 0.5", "expected finite numbers, got ant"),
-    "far outside": ("0 0.9 0.5 0.5 0.5", r"\[26, 5, 46, 15\] reaches outside its image of 40x20 pixels"),
-}
-
-
-@pytest.mark.parametrize("name", LINES)
-def test_each_fault_of_a_line_is_named_by_file_and_line(root, name, capsys):
-    line, message = LINES[name]
-    file = root / "labels/train/a.txt"
-    write(file, f"{LINE}{line}\n1 0.5 0.5 0.5 0.5\n")
-    problem = fatal(root)
-    assert (problem.file, problem.entry) == (str(file), "line 2") and re.fullmatch(message, problem.message.rstrip("?"))
-    assert main(["check-data", str(root)]) == 1
-    assert f": 1, the first: {file}: line 2: " in capsys.readouterr().out
-    assert main(["train", "--data", str(root), "--out", str(root / "run")]) == 1
-    assert f"detr train: error: {file}: line 2: " in capsys.readouterr().err
-    # another file is read to its end all the same
-    write(root / "labels/train/b.txt", "0 0\n0 0\n")
-    assert len([p for p in read_part(open_dataset(root), "train").problems if p.fatal]) == 3
-
-
-def test_a_class_written_as_a_float_and_numbers_at_the_border(root):
-    write(root / "labels/train/a.txt", "1.0 0.5 0.5 1.0000004 1\n0 0.9875 0.5 0.025 1\n")
-    split = load_split(root)
-    assert split.images[0].boxes.tolist() == [[0, 0, 40, 20], [39, 0, 40, 20]] and split.images.labels[0] == 1
-
-
-def test_boxes_without_area_and_boxes_twice_are_warned_of(root):
-    write(root / "labels/train/a.txt", f"{LINE}0 0.5 0.5 0 0.5\n{LINE}")
-    problems = read_part(open_dataset(root), "train").problems
-    assert [(p.kind, p.entry, p.fatal) for p in problems] == [
-        ("zero area", "line 2", False),
-        ("box twice", "line 3", False),
-    ]
-    assert problems[1].message == "[15, 5, 25, 15] is the box of line 1 too"
-
-
-YAMLS = {
-    "does not parse": ("train: images/train\nnames: [ant\n", r"line \d column 1: not yaml: .*"),
-    "a tab": ("train: images/train\n\tnames: [ant]\n", "line 2 column 1: not yaml: .*"),
-    "a text": ("hello\n", "expected keys and values .*, got 'hello'"),
-    "a list": ("- train\n", "expected keys and values .*"),
-    "nothing": ("", "expected keys and values .*, got 'None'"),
-    "nested": ("names: " + "[" * 20000, "not a dataset: its lists are nested too deep"),
-    "no train": ("names: [ant]\n", r"expected train, the folder of its images or a list of them, got \['names'\]"),
-    "no names": ("train: images/train\n", "names: expected a list of names, or number: name, got None"),
-    "names of a file": ("train: images/train\nnames: a.txt\n", "names: expected a list of names, .* got a.txt"),
-    "no class": ("train: images/train\nnames: []\n", "names: expected a name for each class, numbered from 0, got .*"),
-    "names by name": ("train: images/train\nnames: {ant: 0}\n", "names: expected a list of names, or number: name, .*"),
-    "negative": ("train: images/train\nnames: {-1: a, 0: b}\n", "names: expected a name for each class, numbered .*"),
-    "a name that is a list": ("train: images/train\nnames: [[a], b]\n", "names: expected a text for class 0, got .*"),
-    "an empty name": ("train: images/train\nnames: ['', b]\n", "names: expected a text for class 0, got ''"),
-    "a name twice": ("train: images/train\nnames: [a, b, a]\n", "names: classes 0 and 2 are both called 'a'"),
-    "no such folder": ("train: nowhere\nnames: [a]\n", "train: no folder or list of images at .*/nowhere"),
-    "a number": ("train: {a: 1}\nnames: [a]\n", "train: expected the name of a folder or of a list of images, got .*"),
-    "no images": ("train: labels\nnames: [a]\n", "train: expected images, found none in labels"),
-    "path": ("path: [a]\ntrain: images/train\nnames: [a]\n", "path: expected the name of a folder, got .*"),
-    "points": ("train: images/train\nnames: [a]\nkpt_shape: 3\n", "kpt_shape: expected two integers, got 3"),
-    "itself": ("train: images/train\nnames: &a [*a]\n", "line 2 column 8: not yaml: .* recursive .*"),
-}
-
-
-@pytest.mark.parametrize("name", YAMLS)
-def test_each_fault_of_the_yaml_is_one_line(root, name, capsys):
-    text, message = YAMLS[name]
-    write(root / "data.yaml", text)
-    assert main(["check-data", str(root)]) == 1
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert re.fullmatch(f"detr check-data: error: {re.escape(str(root / 'data.yaml'))}: {message}\n", line)
-
-
-def test_text_that_is_no_utf_8(root):
-    (root / "data.yaml").write_bytes(b"train: images/train\nnames: [z\xe8bre]\n")
-    with pytest.raises(DataError, match=r"data\.yaml: byte 29: expected text in UTF-8: "):
-        open_dataset(root)
-    (root / "data.yaml").write_bytes("\ufefftrain: images/train\nnames: [zèbre, a]\n".encode())
-    (root / "labels/train/a.txt").write_bytes(b"\xff\xfe0")
-    problem = fatal(root)
-    assert problem.file.endswith("a.txt") and problem.message.startswith("byte 0: expected text in UTF-8")
-
-
 def test_names_and_their_count(root):
     text = (root / "data.yaml").read_text()
     write(root / "data.yaml", f"{text}nc: 3\n")
@@ -336,57 +210,14 @@ def test_a_path_of_another_computer(root):
 def test_absolute_names_of_another_computer(root, place):
     write(root / "data.yaml", f"train: {place}\nnames: [ant, owl]\n".replace("\\\\", "\\"))
     with pytest.warns(UserWarning, match=r"path: 1, .*data\.yaml: train: .* is not there: .*/images/train is taken"):
-        assert load_split(root)._names == ["a.png", "b.png"]
+        assert load_split(root).names == ["a.png", "b.png"]
     write(root / "train.txt", f"{place}/b.png\nimages/train/a.png\n".replace("\\\\", "\\"))
     write(root / "data.yaml", "train: train.txt\nnames: [ant, owl]\n")
     with pytest.warns(UserWarning, match=r"path: 1, .*train\.txt: line 1: .*/b\.png is not there: .*b\.png is taken"):
-        assert load_split(root)._names == ["b.png", "a.png"]
+        assert load_split(root).names == ["b.png", "a.png"]
     write(root / "data.yaml", f"train: {place}s\nnames: [ant, owl]\n".replace("\\\\", "\\"))
     with pytest.raises(DataError, match=r"data\.yaml: train: no folder or list of images at"):
         load_split(root)
-
-
-def test_a_data_yaml_of_something_else(root):
-    write(root / "data.yaml", "service: {port: 80}\n")
-    with pytest.raises(DataError, match=r"no dataset: looked for .*; found data\.yaml, images, labels$"):
-        open_dataset(root)
-
-
-def test_a_list_that_names_images_that_are_not_there(root):
-    write(root / "train.txt", "images/train/a.png\nimages/train/z.png\nimages/train/b.png\nimages/train\n")
-    write(root / "data.yaml", "train: train.txt\nnames: [ant, owl]\n")
-    problems = [p for p in read_part(open_dataset(root), "train").problems if p.fatal]
-    assert [(p.file, p.entry) for p in problems] == [(str(root / "train.txt"), f"line {i}") for i in (2, 4)]
-    assert problems[0].message == f"no image at {root}/images/train/z.png"
-
-
-def test_no_boxes_at_all(root):
-    (root / "labels").rename(root / "label")
-    problem = fatal(root)
-    looked_for = f"looked for {root}/labels/train/a.txt and {root}/images/train/a.txt, and so on"
-    assert str(problem) == f"{root}/data.yaml: train: none of the 2 images has a file with boxes: {looked_for}"
-
-
-def test_an_image_that_cannot_be_read(root):
-    write(root / "images/train/b.png", "x")
-    problem = fatal(root)
-    assert problem.file == f"{root}/images/train/b.png" and problem.message.startswith("not a readable image: ")
-    (root / "images/train/b.png").unlink()
-    image(root / "images/train/b.png")
-    data = (root / "images/train/b.png").read_bytes()
-    (root / "images/train/b.png").write_bytes(data[:-300])
-    assert read_part(open_dataset(root), "train").problems == []
-    [problem] = read_part(open_dataset(root), "train", decode=True).problems
-    assert (problem.file, problem.kind) == (f"{root}/labels/train/b.txt", "image file")
-    assert problem.message.startswith(f"{root}/images/train/b.png: not a readable image")
-
-
-def test_an_image_in_train_and_val(root, capsys):
-    write(root / "val.txt", "images/val/c.png\nimages/train/b.png\n")
-    write(root / "data.yaml", "train: images/train\nval: val.txt\nnames: [ant, owl]\n")
-    assert main(["check-data", str(root)]) == 0
-    message = f"{root}/images/train/b.png is {root}/images/train/b.png, an image of the training"
-    assert f"warning seen in training: 1, the first: {root}/labels/train/b.txt: {message}" in capsys.readouterr().out
 
 
 def test_classes_of_a_validation_in_another_order_are_matched_by_name(root):
@@ -396,3 +227,81 @@ def test_classes_of_a_validation_in_another_order_are_matched_by_name(root):
     write(root / "data.yaml", "val: images/val\ntrain: images/val\nnames: [cow, ant]\n")
     with pytest.raises(DataError, match=r"c\.txt: class 'cow' is none of the training, which has 'ant', 'owl'"):
         load_split(root, "val", train.categories)
+
+
+@pytest.mark.parametrize("null", ["", "~", "null"])
+def test_keys_without_a_value(root, null):
+    write(
+        root / "data.yaml", f"train: images/train\nval: {null}\ntest: {null}\npath: {null}\nnc: {null}\nnames: [ant]\n"
+    )
+    dataset = open_dataset(root)
+    assert dataset.splits == ["train"] and read_part(dataset, "train").problems == []
+
+
+def test_a_test_split_that_was_not_exported(root):
+    text = (root / "data.yaml").read_text()
+    write(root / "data.yaml", f"{text}test: ../test/images\n")
+    with pytest.warns(UserWarning, match=r"data\.yaml: test: left out, for \.\./test/images is not there"):
+        assert open_dataset(root).splits == ["train", "val"]
+    write(root / "data.yaml", text.replace("images/val", "images/valid"))
+    with pytest.raises(DataError, match=r"val: no folder .*/images/valid; without a line val: a part of the training"):
+        load_split(root, "val")
+
+
+def test_images_that_are_named_twice_are_taken_once(root):
+    for train in ("[images/train, ./images/train/]", "[images/train, images/train]"):
+        write(root / "data.yaml", f"train: {train}\nnames: [ant, owl]\n")
+        problems = read_part(open_dataset(root), "train").problems
+        assert [problem.kind for problem in problems] == ["image twice"] * 2
+        assert not any(problem.fatal for problem in problems)
+
+
+def test_links_between_folders(root):
+    (root / "images/train/loop").symlink_to(root / "images/train")
+    (root / "images/train/sub").mkdir()
+    (root / "images/train/again").symlink_to("sub")
+    image(root / "images/train/sub/d.png")
+    assert load_split(root).names == ["a.png", "b.png", "sub/d.png"]
+    # a folder of images elsewhere is followed
+    image(root / "elsewhere/e.png")
+    (root / "images/train/more").symlink_to(root / "elsewhere")
+    assert load_split(root).names == ["a.png", "b.png", "more/e.png", "sub/d.png"]
+
+
+def test_a_sibling_that_roboflow_did_not_mean(root):
+    for name in ("a", "b", "c"):
+        image(root / f"train/images/{name}.png")
+        write(root / f"one/labels/{name}.txt", LINE)
+    image(root / "one/train/images/x.png")
+    write(root / "one/train/labels/x.txt", LINE)
+    write(root / "one/data.yaml", "train: ../train/images\nnames: [ant]\n")
+    with pytest.warns(
+        UserWarning, match=r"\.\./train/images is taken for .*one/train/images, although .* is there too"
+    ):
+        assert load_split(root / "one").names == ["x.png"]
+
+
+def test_a_path_that_is_there_is_the_only_one(root):
+    image(root / "sub/images/train/x.png")
+    write(root / "sub/labels/train/x.txt", LINE)
+    write(root / "data.yaml", "path: sub\ntrain: images/train\nval: images/val\nnames: [ant]\n")
+    assert load_split(root).names == ["x.png"]
+    with pytest.raises(DataError, match=r"val: no folder or list of images at .*/sub/images/val; without a line"):
+        load_split(root, "val")
+
+
+def test_two_images_with_one_text_file(root):
+    image(root / "images/train/a.bmp")
+    with pytest.warns(
+        UserWarning, match=r"label file shared: 1, .*labels/train/a\.txt: has the boxes of .* and of .*a\.png"
+    ):
+        assert load_split(root).images.ends.tolist() == [1, 2, 3]
+
+
+def test_a_folder_that_is_named_from_within(root, monkeypatch):
+    for name in "ab":
+        (root / f"images/train/{name}.txt").write_text("1 0.5 0.5 1 1\n")
+    write(root / "images/train/data.yaml", "train: .\nnames: [ant, owl]\n")
+    monkeypatch.chdir(root / "images/train")
+    expected = load_split(root / "images/train")
+    assert load_split(Path(".")).images.boxes.tolist() == expected.images.boxes.tolist() == [[15, 5, 25, 15]] * 2

@@ -48,6 +48,18 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """A file or folder that cannot be read, by root neither."""
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with _permissions_count():
+            yield
+    finally:
+        path.chmod(mode)
+
+
+@contextlib.contextmanager
 def _permissions_count() -> Iterator[None]:
     """Without the capabilities by which root writes where it may not: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -62,11 +62,14 @@ class Dataset:
         return self.found.readers[split](reading)
 
 
-def open_dataset(root: Path, format: str | None = None, given: Given | None = None) -> Dataset:
+def open_dataset(
+    root: Path, format: str | None = None, given: Given | None = None, before: str | None = None
+) -> Dataset:
     """The dataset in a folder, or of a data.yaml.
 
     Args:
         format: a key of FORMATS; None finds it out.
+        before: the format that it had before, which is taken where it could be of several.
 
     Raises:
         DataError: there is none, or it could be of several formats.
@@ -84,6 +87,8 @@ def open_dataset(root: Path, format: str | None = None, given: Given | None = No
         except DataError as error:  # it is of this format, and broken
             found[name] = error
     there = [name for name in names if isinstance(found[name], DataError) or found[name].readers]
+    if len(there) > 1 and before in there:
+        there = [before]
     if len(there) > 1:
         titles = " and ".join(FORMATS[name][0] for name in there)
         raise DataError(f"{root}: files of {titles}: say which with --format {' or '.join(there)}")

@@ -22,6 +22,7 @@ LAYOUTS = (
     ("instances_{split}.json", "{split}"),
 )
 ROBOFLOW = "_annotations.coco.json"
+_MOST_PIXELS = 10**9  # of a side
 _WORDS = Words("annotation", "bbox", corners=False)
 _INTEGERS = {
     "categories": ("id",),
@@ -41,14 +42,16 @@ def find_coco(root: Path, given: Given) -> Found:
 
 
 def _splits(root: Path) -> set[str]:
-    """The splits whose json has one of COCO's names."""
+    """The splits whose json has one of COCO's names, and of unusual splits those that have images."""
     found = set()
     for name, _ in LAYOUTS:
         before, after = name.split("{split}")
         pattern = root / before
         for path in pattern.parent.glob(f"{pattern.name}*{after}"):
             split = path.name[len(pattern.name) : -len(after)]
-            found |= {split} if split and not split.endswith("2017") else set()
+            folders = (root / images.format(split=split) for _, images in LAYOUTS)
+            if split in NAMES or (split and not split.endswith("2017") and any(map(Path.is_dir, folders))):
+                found.add(split)
     return found
 
 
@@ -136,7 +139,7 @@ def read_coco(
     if problems:
         return None, problems
     _tidy(data)
-    group = [category for category in data["categories"] if category.get("id") == 0]
+    group = [c for c in data["categories"] if c.get("id") == 0 and _is_int(c["id"])]
     if group and len(group) < len(data["categories"]) and superfluous():
         data["categories"] = [category for category in data["categories"] if category not in group]
         message = f"{_short(group[0].get('name'))} has no box in any split, as the group that Roboflow adds: left out"
@@ -225,7 +228,7 @@ def _check_image_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
             yield Problem(file, "image", entry, "id", "another image has the same id")
         ids.add(_hashable(image_id))
         for field in ("width", "height"):
-            if not _is_int(image.get(field)) or image[field] < 1:
+            if not _is_int(image.get(field)) or not 1 <= image[field] < _MOST_PIXELS:
                 got = _short(image.get(field))
                 yield Problem(file, "image", entry, field, f"expected a positive integer, pixels, got {got}")
         if not isinstance(file_name, str) or not file_name:
@@ -273,7 +276,8 @@ def _check_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
 
 def _is_image(image: dict[str, Any]) -> bool:
     numbers = all(_is_int(image.get(name)) for name in ("id", "width", "height"))
-    return numbers and min(image["width"], image["height"]) > 0 and isinstance(image.get("file_name"), str)
+    size = (image.get("width"), image.get("height"))
+    return numbers and all(1 <= side < _MOST_PIXELS for side in size) and isinstance(image.get("file_name"), str)
 
 
 def _is_box(box: Any) -> bool:

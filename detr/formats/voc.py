@@ -5,9 +5,10 @@ in the order that the user gives, of classes.txt, or of the alphabet.
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
@@ -16,7 +17,17 @@ from defusedxml.ElementTree import fromstring
 
 from detr.draft import Draft, Words
 from detr.errors import DataError
-from detr.formats.found import NAMES, Found, Given, read_text
+from detr.formats.found import (
+    NAMES,
+    Found,
+    Given,
+    class_names,
+    in_order,
+    is_visible_file,
+    lines,
+    number_of,
+    read_text,
+)
 from detr.images import SUFFIXES, Reading, for_each, read_header
 from detr.problems import Problem, cut
 from detr.progress import progress
@@ -24,6 +35,7 @@ from detr.split import Split
 
 _WORDS = Words("object", "bndbox", first_pixel=1)
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_DIFFICULT = {"0": False, "false": False, "no": False, "unspecified": False, "1": True, "true": True, "yes": True}
 _ANNOTATIONS = ("Annotations", "annotations")
 _IMAGES = ("JPEGImages", "images", "Images")
 
@@ -59,48 +71,55 @@ def find_voc(root: Path, given: Given) -> Found:
 
 
 def _looked_for(split: str) -> str:
-    return f"Annotations/*.xml with ImageSets/Main/{split}.txt, or {split}/*.xml beside images"
+    lists = f"Annotations/*.xml, with ImageSets/Main/{split}.txt if there are lists"
+    return f"{lists}, or {split}/*.xml{' or *.xml' if split == 'train' else ''} beside images"
 
 
 def _places(root: Path) -> dict[str, _Place]:
-    whole = _place(root)
-    if whole:
-        lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in NAMES}
-        if not lists["train"].is_file():
-            lists["train"] = lists["train"].with_name("trainval.txt")
-        named = {split: file for split, file in lists.items() if file.is_file()}
-        folder = whole.xmls[0][1].parent
-        return {s: _Place(file, list(_listed(file, folder)), whole.image_dir) for s, file in named.items()} or {
-            "train": whole
-        }
-    found = {split: next(filter(None, (_place(root / name) for name in NAMES[split])), None) for split in NAMES}
-    return {split: place for split, place in found.items() if place}
+    whole = next(filter(None, (_place(root, name) for name in _ANNOTATIONS)), None)
+    if whole is None:
+        folders = [(split, root / name) for split in NAMES for name in NAMES[split]]
+        found = [(split, _place(folder, name)) for split, folder in folders for name in (*_ANNOTATIONS, "")]
+        places = {split: place for split, place in reversed(found) if place}
+        beside = None if places else _place(root, "")
+        return {split: places[split] for split in NAMES if split in places} or ({"train": beside} if beside else {})
+    lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in NAMES}
+    if not lists["train"].is_file():
+        lists["train"] = lists["train"].with_name("trainval.txt")
+    named = {split: file for split, file in lists.items() if file.is_file()}
+    folder = whole.xmls[0][1].parent
+    return {s: _Place(file, list(_listed(file, folder)), whole.image_dir) for s, file in named.items()} or {
+        "train": whole
+    }
 
 
-def _place(folder: Path) -> _Place | None:
-    """The xml files of a folder: in its Annotations/, or beside the images."""
-    for annotations in (*(folder / name for name in _ANNOTATIONS), folder):
-        xmls = sorted(annotations.glob("*.xml"))
-        if any(map(_is_voc, xmls[:5])):
-            folders = [folder / name for name in _IMAGES if annotations != folder] + [folder, annotations]
-            image_dir = next(filter(_images, folders), folders[0])
-            return _Place(annotations, [("", xml) for xml in xmls], image_dir)
-    return None
+def _place(folder: Path, name: str) -> _Place | None:
+    """The xml files of a folder: in its folder of this name, or for "" beside the images."""
+    annotations = folder / name
+    xmls = sorted(filter(is_visible_file, annotations.glob("*.xml")), key=in_order)
+    if not any(map(_is_voc, xmls[:5])):
+        return None
+    folders = [folder / images for images in _IMAGES if name] + [folder, annotations]
+    return _Place(annotations, [("", xml) for xml in xmls], next(filter(_images, folders), folders[0]))
 
 
 def _is_voc(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"<annotation" in file.read(4096)
+    try:
+        with path.open("rb") as file:
+            return b"<annotation" in file.read(4096)
+    except OSError:
+        return False
 
 
 def _listed(file: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(lines(read_text(file)), start=1):
         name = line.strip()
         if name:
             # a list of one class has 1, 0 or -1 after each name
-            names = (name, name.rpartition(" ")[0].strip() or name, Path(name).stem)
+            names = [name, name.rpartition(" ")[0].strip() or name]
+            names += [Path(name).stem] if Path(name).suffix.lower() in SUFFIXES else []
             xmls = [folder / f"{text}.xml" for text in names]
-            yield f"{file}: line {number}", next((xml for xml in xmls if xml.is_file()), xmls[0])
+            yield f"{file}: line {number}", next(filter(os.path.isfile, xmls), xmls[0])
 
 
 class _Voc:
@@ -116,11 +135,8 @@ class _Voc:
         if self.given.classes:
             return list(self.given.classes), "--classes"
         if file.is_file():
-            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-            if not names or len(set(names)) < len(names):
-                raise DataError(f"{file}: expected a name on each line, no two the same, got {cut(names)}")
-            return names, str(file)
-        xmls = (xml for place in self.places.values() for _, xml in place.xmls if xml.is_file())
+            return class_names(file), str(file)
+        xmls = (xml for place in self.places.values() for _, xml in place.xmls if os.path.isfile(xml))
         return sorted({found.name for xml in xmls for found in self._xml(xml).objects}), ""
 
     def _xml(self, path: Path) -> _Xml:
@@ -136,11 +152,12 @@ class _Voc:
         problems, images = draft.problems, _images(place.image_dir)
         xmls: dict[Path, str] = {}
         for where, path in place.xmls:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 problems.append(Problem(where, "xml file", "", "", f"no xml at {path}"))
             elif xmls.setdefault(path, where) != where:
                 problems.append(Problem(where, "image twice", "", "", f"{path} is named by {xmls[path]} too", False))
-        pictures = [_picture(path, self._xml(path), images, place.image_dir) for path in xmls]
+        same_stem = {image.stem: image for image in reversed(images.values())}
+        pictures = [_picture(path, self._xml(path), images, same_stem) for path in xmls]
         unsized = [image for path, image in zip(xmls, pictures, strict=True) if image and not self._xml(path).size]
         sizes = dict(zip(unsized, for_each(partial(_size, reading=reading), unsized, f"sizes of {split}"), strict=True))
         pairs, first = zip(xmls, pictures, strict=True), {}
@@ -189,17 +206,15 @@ def _images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
-    return {path.name: path for path in files if not path.name.startswith(".")}
+    return {path.name: path for path in filter(is_visible_file, files)}
 
 
-def _picture(path: Path, xml: _Xml, images: dict[str, Path], folder: Path) -> Path | None:
+def _picture(path: Path, xml: _Xml, images: dict[str, Path], same_stem: dict[str, Path]) -> Path | None:
     """The image of an xml: of its name or, where there is none, the one that it names."""
-    named = Path(xml.file_name.replace("\\", "/")).name
-    if Path(named).stem == path.stem and named in images:
+    named = PurePosixPath(xml.file_name.replace("\\", "/")).name
+    if PurePosixPath(named).stem == path.stem and named in images:
         return images[named]
-    suffixes = (suffix for lower in sorted(SUFFIXES) for suffix in (lower, lower.upper()))
-    same = next((images[path.stem + suffix] for suffix in suffixes if path.stem + suffix in images), None)
-    return same or images.get(named)
+    return same_stem.get(path.stem) or images.get(named)
 
 
 def _size(image: Path, reading: Reading) -> tuple[int, int]:
@@ -215,6 +230,8 @@ def _parse(path: Path) -> _Xml:
     except ParseError as error:
         line, column = error.position
         return broken(f"line {line} column {column + 1}: not xml: {str(error).partition(':')[0]}")
+    except OSError as error:
+        return broken(f"not read: {error.strerror}")
     except DefusedXmlException:
         return broken("refused: it defines entities, by which a small file fills the memory")
     except (ValueError, LookupError, RecursionError) as error:
@@ -232,7 +249,7 @@ def _size_of(root: Element, path: Path, problems: list[Problem]) -> tuple[int, i
     sides = []
     for name in ("width", "height"):
         text = (root.findtext(f"size/{name}") or "0").strip()
-        value = _float(text)
+        value = number_of(text)
         if not value.is_integer() or not 0 <= value < 1e9:
             problems.append(Problem(str(path), "size", "size", name, f"expected an integer, pixels, got {cut(text)}"))
             value = 0
@@ -243,16 +260,22 @@ def _size_of(root: Element, path: Path, problems: list[Problem]) -> tuple[int, i
 def _objects(root: Element, path: Path, problems: list[Problem]) -> Iterator[_Object]:
     for number, element in enumerate(root.iterfind("object"), start=1):
         name, box = (element.findtext("name") or "").strip(), element.find("bndbox")
-        fault = _fault(name, box)
+        fault = _fault(element, name, box)
         if fault:
             problems.append(Problem(str(path), "object", f"object {number}", *fault))
             continue
-        difficult = _float((element.findtext("difficult") or "0").strip()) == 1
+        difficult = _DIFFICULT[(element.findtext("difficult") or "0").strip().lower()]
         yield _Object(number, name, tuple(_corners(box)), difficult)
 
 
-def _fault(name: str, box: Element | None) -> tuple[str, str] | None:
+def _fault(element: Element, name: str, box: Element | None) -> tuple[str, str] | None:
     """(field, message) of what is wrong with an object, or None."""
+    for field in ("name", "bndbox", "difficult"):
+        if (count := len(element.findall(field))) > 1:
+            return field, f"expected one, got {count}"
+    difficult = (element.findtext("difficult") or "0").strip()
+    if difficult.lower() not in _DIFFICULT:
+        return "difficult", f"expected 0 or 1, got {cut(difficult)}"
     if not name:
         return "name", "expected a text, got nothing"
     if box is None:
@@ -269,11 +292,4 @@ def _fault(name: str, box: Element | None) -> tuple[str, str] | None:
 
 
 def _corners(box: Element) -> Iterable[float]:
-    return (_float((box.findtext(corner) or "").strip()) for corner in _CORNERS)
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    return (number_of((box.findtext(corner) or "").strip()) for corner in _CORNERS)

@@ -7,47 +7,68 @@ a text file has no objects.
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from detr.draft import Draft, Words
 from detr.errors import DataError
-from detr.formats.found import NAMES, Found, Given, read_text
+from detr.formats.found import NAMES, Found, Given, class_names, in_order, is_visible_file, lines, number_of, read_text
 from detr.images import SUFFIXES, Reading, for_each, read_header
 from detr.problems import Problem, cut
 from detr.progress import progress
 from detr.split import Split
 
 _WORDS = Words("line")
+_NULL = ("", "~", "null", "Null", "NULL")  # what YAML has for nothing
 _ROUNDING = 1e-6  # how far a number may be outside of [0, 1]
 # corners are rounded to so many decimals of a pixel: what is at the border of the image stays there
 _DECIMALS = 10
+
+
+class _Loader(yaml.BaseLoader):
+    """Every number and word stays a text, for a class may be called no, or 1; a key that is there twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{cut(key.value)} is there twice", problem_mark=key.start_mark)
+            seen |= {key.value} if isinstance(key.value, str) else set()
+        return super().construct_mapping(node, deep)
 
 
 def find_yolo(root: Path, given: Given) -> Found:
     """A folder with a data.yaml, or another yaml with its keys, or with classes.txt beside its images; or a yaml."""
     path = root if root.is_file() else _yaml_in(root)
     content: Any = _parse(path) if path else {}
-    if path is None and (root / "classes.txt").is_file():
+    if path is None and os.path.isfile(root / "classes.txt"):
         path, content = root / "classes.txt", _without_yaml(root)
         path = path if "train" in content else None
     keys = {split: next((name for name in NAMES[split] if content.get(name)), None) for split in NAMES}
+    if (
+        keys["test"]
+        and isinstance(content["test"], str)
+        and not any(map(os.path.exists, _places(path, content, "test")))
+    ):
+        warnings.warn(f"{path}: test: left out, for {content['test']} is not there", stacklevel=2)
+        keys["test"] = None
     readers = {split: partial(_read, path, content, key) for split, key in keys.items() if key}
     if path and not readers and (root.is_file() or "names" in content):  # else it is of something else
         raise DataError(f"{path}: expected train, the folder of its images or a list of them, got {cut(list(content))}")
-    return Found(readers, lambda split: f"data.yaml with {split} and names")
+    return Found(readers, lambda split: f"data.yaml with {split} and names, or classes.txt with images/ and labels/")
 
 
 def _yaml_in(root: Path) -> Path | None:
     for name in ("data.yaml", "data.yml"):
-        if (root / name).is_file():
+        if os.path.isfile(root / name):
             return root / name
     found = []
-    for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
+    for path in sorted(filter(is_visible_file, [*root.glob("*.yaml"), *root.glob("*.yml")])):
         try:
             content = _parse(path)
         except DataError:
@@ -71,54 +92,58 @@ def _without_yaml(root: Path) -> dict[str, Any]:
         content = {"train": "."}
     else:
         return {}
-    return content | {"names": [line.strip() for line in read_text(root / "classes.txt").splitlines() if line.strip()]}
+    return content | {"names": class_names(root / "classes.txt")}
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    """The content of a yaml, in which every number and word stays a text: a class may be called no, or 1."""
     try:
-        content = yaml.load(read_text(path), Loader=yaml.BaseLoader)
+        content = yaml.load(read_text(path), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        # a key without a space after its colon is only found at the next one
+        early = error.context_mark if "simple key" in (error.context or "") else None
+        mark, problem = early or error.problem_mark or error.context_mark, error.problem or error.context
         where = f"line {mark.line + 1} column {mark.column + 1}: " if mark else ""
-        raise DataError(f"{path}: {where}not yaml: {error.problem or error.context}") from None
+        hint = " (expected a space after the ':' of a key)" if early else ""
+        hint = " (expected spaces, not tabs)" if "\\t" in problem else hint
+        raise DataError(f"{path}: {where}not yaml: {problem}{hint}") from None
     except yaml.YAMLError as error:
-        raise DataError(f"{path}: not yaml: {cut(error)}") from None
+        raise DataError(f"{path}: not yaml: {cut(str(error))}") from None
     except RecursionError:
         raise DataError(f"{path}: not a dataset: its lists are nested too deep") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected keys and values (train, val, names), got {cut(content)!r}")
-    return content
+    return {key: value for key, value in content.items() if value not in _NULL or key == "names"}
 
 
 def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
     """Class number -> name."""
     names = content.get("names")
+    pairs = list(enumerate(names)) if isinstance(names, list) else []
     try:
-        classes = dict(enumerate(names)) if isinstance(names, list) else {int(k): name for k, name in names.items()}
+        pairs = pairs or [(int(key) if key.isascii() else -1, name) for key, name in names.items()]
     except (AttributeError, ValueError, TypeError):
         raise DataError(f"{path}: names: expected a list of names, or number: name, got {cut(names)}") from None
-    if not classes or min(classes) < 0:
+    if not pairs or min(pairs)[0] < 0:
         raise DataError(f"{path}: names: expected a name for each class, numbered from 0, got {cut(names)}")
-    for number, name in classes.items():
+    number_of: dict[str, int] = {}
+    classes: dict[int, str] = {}
+    for number, name in pairs:
         if not isinstance(name, str) or not name:
             raise DataError(f"{path}: names: expected a text for class {number}, got {cut(name)!r}")
-        first = next(k for k, other in classes.items() if other == name)
-        if first != number:
-            raise DataError(f"{path}: names: classes {first} and {number} are both called {name!r}")
+        if number in classes:
+            raise DataError(f"{path}: names: class {number} is both {classes[number]!r} and {name!r}")
+        if number_of.setdefault(name, number) != number:
+            raise DataError(f"{path}: names: classes {number_of[name]} and {number} are both called {name!r}")
+        classes[number] = name
     return dict(sorted(classes.items()))
 
 
 def _keypoints(content: dict[str, Any], path: Path) -> int:
     """How many numbers follow a box, as points of a pose."""
-    shape = content.get("kpt_shape")
-    if shape is None:
-        return 0
-    try:
-        points, numbers = map(int, shape)
-        return points * numbers
-    except (TypeError, ValueError):
-        raise DataError(f"{path}: kpt_shape: expected two integers, got {cut(shape)}") from None
+    shape = content.get("kpt_shape", ["0", "0"])
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, str) and n.isdecimal() for n in shape):
+        raise DataError(f"{path}: kpt_shape: expected two integers, got {cut(shape)}")
+    return int(shape[0]) * int(shape[1])
 
 
 def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tuple[Split, list[Problem]]:
@@ -135,6 +160,7 @@ def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tu
     draft.problems = problems
     headers = for_each(lambda image: read_header(image, None, reading), images, f"sizes of the images of {path}")
     label_of, labelled = {number: label for label, number in enumerate(classes)}, 0
+    first: dict[Path, Path] = {}  # image of each file with boxes
     pairs = zip(images, headers, strict=True)
     for i, (image, header) in enumerate(
         progress(pairs, desc=f"boxes of {path}", total=len(images), leave=False, delay=2)
@@ -142,10 +168,13 @@ def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tu
         if isinstance(header, DataError):
             problems.append(Problem(str(image), "image file", "", "", str(header)))
             continue
-        file = next((file for file in label_files(image) if file.is_file()), None)
+        file = next(filter(os.path.lexists, label_files(image)), None)
         draft.image(image, header.size, i + 1, str(file or image))
         if file:
             labelled += 1
+            if first.setdefault(file, image) != image:
+                message = f"has the boxes of {first[file]} and of {image}"
+                problems.append(Problem(str(file), "label file shared", "", "", message, fatal=False))
             _boxes(file, draft, header.size, label_of, path, more)
     if images and not labelled:
         looked_for = " and ".join(map(str, dict.fromkeys(label_files(images[0]))))
@@ -156,44 +185,57 @@ def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tu
 
 def _images(path: Path, content: dict[str, Any], key: str, problems: list[Problem]) -> Iterator[Path]:
     """The images of a split: of folders, of lists, or of several of these."""
-    entries = content[key] if isinstance(content[key], list) else [content[key]]
     seen: dict[str, str] = {}
-    for entry in entries:
+    for entry in content[key] if isinstance(content[key], list) else [content[key]]:
         if not isinstance(entry, str) or not entry:
             raise DataError(f"{path}: {key}: expected the name of a folder or of a list of images, got {cut(entry)!r}")
         place = _place(path, content, entry, key, problems)
         for where, image in _of_folder(place) if place.is_dir() else _of_list(place, path, content, problems):
-            first = seen.setdefault(os.path.abspath(image), where)
-            if first == where:
+            name = os.path.abspath(image)
+            if name not in seen:
                 yield image
             else:
-                message = f"{image} is named by {first} too: it is taken once"
+                message = f"{image} is named by {seen[name]} too: it is taken once"
                 problems.append(Problem(str(path), "image twice", "", key, message, fatal=False))
+            seen.setdefault(name, where)
 
 
 def _bases(path: Path, content: dict[str, Any]) -> list[Path]:
-    """The folders that names in a yaml start from: its `path`, and where the yaml is."""
+    """The folders that names in a yaml start from: its `path` or, where that is not there, that of the yaml."""
     base = content.get("path")
     if base is not None and not isinstance(base, str):
         raise DataError(f"{path}: path: expected the name of a folder, got {cut(base)}")
-    bases = [path.parent / os.path.expanduser(base), Path.cwd() / os.path.expanduser(base)] if base else []
-    return [*bases, path.parent]
+    bases = [folder / os.path.expanduser(base) for folder in (path.parent, Path.cwd())] if base else []
+    return list(filter(os.path.exists, bases)) or [path.parent]
+
+
+def _places(path: Path, content: dict[str, Any], key: str, entry: str | None = None) -> list[Path]:
+    """Where an entry of a yaml may be, the best place first."""
+    entry = entry or content[key]
+    names = [os.path.expanduser(entry), entry.replace("\\", "/")]
+    # Roboflow writes ../train/images and means train/images
+    names = [*(name.removeprefix("../") for name in names), *names]
+    return [base / name for name in dict.fromkeys(names) for base in _bases(path, content)]
 
 
 def _place(path: Path, content: dict[str, Any], entry: str, key: str, problems: list[Problem]) -> Path:
-    bases = _bases(path, content)
-    names = [os.path.expanduser(entry), entry.replace("\\", "/")]
-    # Roboflow writes ../train/images and means train/images
-    names += [name.removeprefix("../") for name in names]
-    places = [base / name for name in dict.fromkeys(names) for base in bases]
-    found = next((place for place in places if place.exists()), None)
-    if found is not None and content.get("path") and not any(base.exists() for base in bases[:-1]):
+    places, bases = _places(path, content, key, entry), _bases(path, content)
+    found = next(filter(os.path.exists, places), None)
+    literal = [place for place in places if ".." in place.parts and os.path.exists(place)]
+    if found is not None and literal and found not in literal:
+        _warn(
+            problems, path, key, f"{entry} is taken for {found}, although {os.path.normpath(literal[0])} is there too"
+        )
+    if content.get("path") and not any(
+        os.path.exists(folder / content["path"]) for folder in (path.parent, Path.cwd())
+    ):
         _warn(problems, path, "path", f"{content['path']} is not there: names start from {path.parent}")
     if found is None and (found := _of_another_computer(entry, bases)):
         _warn(problems, path, key, f"{entry} is not there: {found} is taken")
     if found is None:
-        looked_for = " or ".join(dict.fromkeys(map(os.path.normpath, places)))
-        raise DataError(f"{path}: {key}: no folder or list of images at {looked_for}")
+        looked_for = entry if entry[1:2] == ":" else " or ".join(dict.fromkeys(map(os.path.normpath, places)))
+        hint = "; without a line val: a part of the training images is held out" if key in NAMES["val"] else ""
+        raise DataError(f"{path}: {key}: no folder or list of images at {looked_for}{hint}")
     return Path(os.path.normpath(found))
 
 
@@ -203,8 +245,9 @@ def _of_another_computer(name: str, bases: list[Path]) -> Path | None:
     if not text.startswith("/") and text[1:2] != ":":
         return None
     parts = PurePosixPath(text).parts[1:]
-    places = (base.joinpath(*parts[i:]) for i in range(len(parts)) for base in bases)
-    return next((place for place in places if place.exists()), None)
+    # one name alone would say too little
+    places = (base.joinpath(*parts[i:]) for i in range(len(parts) - 1) for base in bases)
+    return next(filter(os.path.exists, places), None)
 
 
 def _warn(problems: list[Problem], path: Path, field: str, message: str) -> None:
@@ -214,28 +257,35 @@ def _warn(problems: list[Problem], path: Path, field: str, message: str) -> None
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
-    found, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in seen]
-        seen |= {os.path.realpath(os.path.join(parent, name)) for name in folders}
-        # macOS leaves files ._a.jpg that are no images
-        found += [Path(parent, n) for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
-    for image in sorted(found):
+    """The images in a folder and those below it; a folder that is there twice, by a link, is taken once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def complain(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: not read: {error.strerror}") from None
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=complain):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        images = (Path(parent, name) for name in names if Path(name).suffix.lower() in SUFFIXES)
+        found += filter(is_visible_file, images)
+    for image in sorted(found, key=in_order):
         yield str(folder), image
 
 
 def _of_list(file: Path, path: Path, content: dict[str, Any], problems: list[Problem]) -> Iterator[tuple[str, Path]]:
-    bases = [file.parent, *_bases(path, content)]
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    bases = list(dict.fromkeys([file.parent, *_bases(path, content), path.parent]))
+    for number, line in enumerate(lines(read_text(file)), start=1):
         name = line.strip()
         if not name:
             continue
         places = [base / os.path.expanduser(text) for base in bases for text in (name, name.replace("\\", "/"))]
-        image = next((place for place in places if place.is_file()), None)
-        if image is None and (image := _of_another_computer(name, bases)) and not image.is_file():
-            image = None
-        if image is None:
-            message = f"no image at {os.path.normpath(places[0])}"
+        image = next(filter(os.path.isfile, places), None) or _of_another_computer(name, bases)
+        if image is None or not os.path.isfile(image):
+            message = f"no image at {cut(os.path.normpath(places[0]), 300)}"
             problems.append(Problem(str(file), "image file", f"line {number}", "", message))
             continue
         if image not in places:
@@ -246,21 +296,23 @@ def _of_list(file: Path, path: Path, content: dict[str, Any], problems: list[Pro
 
 def label_files(image: Path) -> list[Path]:
     """Where the boxes of an image may be: in labels/ in the place of the last images/ of its path, or beside it."""
-    parts, file = list(image.parts), image.with_suffix(".txt")
-    if "images" not in parts[:-1]:
-        return [file]
-    last = len(parts) - 2 - parts[:-1][::-1].index("images")
-    return [Path(*parts[:last], "labels", *file.parts[last + 1 :]), file]
+    file = image.with_suffix(".txt")
+    for path in (file, Path(os.path.abspath(file))):
+        folders = list(path.parts[:-1])
+        if "images" in folders:
+            last = len(folders) - 1 - folders[::-1].index("images")
+            return [Path(*folders[:last], "labels", *path.parts[last + 1 :]), file]
+    return [file]
 
 
 def _boxes(file: Path, draft: Draft, size: tuple[int, int], label_of: dict[int, int], path: Path, more: int) -> None:
     """Add the boxes of a text file to the last image of a draft."""
     try:
-        lines = read_text(file).splitlines()
+        texts = lines(read_text(file))
     except DataError as error:
         draft.problems.append(Problem(str(file), "label file", "", "", str(error).removeprefix(f"{file}: ")))
         return
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(texts, start=1):
         words = line.split()
         if not words:
             continue
@@ -279,7 +331,7 @@ def _label(word: str, label_of: dict[int, int], path: Path) -> int:
         raise DataError(f"expected the number of a class first, got {cut(word)}")
     if int(value) not in label_of:
         known = f"{min(label_of)} to {max(label_of)}" if len(label_of) > 1 else f"only {min(label_of)}"
-        raise DataError(f"class {int(value)}, and {path} names {len(label_of)} classes, {known}")
+        raise DataError(f"class {cut(word)}, and {path} names {len(label_of)} classes, counted from 0: {known}")
     return label_of[int(value)]
 
 
@@ -308,10 +360,7 @@ def _corners(words: list[str], size: tuple[int, int], more: int) -> tuple[float,
 
 
 def _number(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
+    value = number_of(word)
     if not math.isfinite(value):
         raise DataError(f"expected finite numbers, got {cut(word)}")
     return value
