@@ -5,6 +5,9 @@ BIN := .venv/bin
 .PHONY: demo test test-all bench lint clean
 .DELETE_ON_ERROR:
 
+# tests start Python many times, and pip compiled nothing: the bytecode of the libraries is kept when they are first imported
+export PYTHONDONTWRITEBYTECODE =
+
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make: needs Python 3.10 or newer, $$($(PYTHON) --version) found; try 'make PYTHON=python3.12'"; exit 1; }

@@ -144,11 +144,8 @@ class Draft:
         for i in np.flatnonzero(outside | ~kept | (twice & fine)).tolist():
             box = words.shown(corners[i])
             if outside[i]:
-                width, height = limits[i, :2].astype(int).tolist()
-                message = (
-                    f"{box} reaches outside its image of {width}x{height} pixels{self._hint(corners[i], limits[i])}"
-                )
-                yield self._problem(i, image_of, "box", message)
+                size, hint = _size(limits[i]), self._hint(corners[i], limits[i])
+                yield self._problem(i, image_of, "box", f"{box} reaches outside its image of {size} pixels{hint}")
             elif not kept[i]:
                 text = f"a box of zero area, {box}, is left out" if flat[i] else f"nothing of {box} is inside its image"
                 yield self._problem(i, image_of, "zero area", text, fatal=False)

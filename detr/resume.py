@@ -17,7 +17,7 @@ PLACES = ("data", "train_json", "train_images", "val_json", "val_images")
 
 _FIELDS = {
     **dict.fromkeys(PLACES, lambda value: isinstance(value, str)),
-    "format": lambda value: value in DATA_FORMATS,
+    "format": lambda value: isinstance(value, str) and value in DATA_FORMATS,
     "classes": lambda value: isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value),
     "val_fraction": lambda value: isinstance(value, float) and 0 < value < 1,
     "split_seed": lambda value: type(value) is int and value >= 0,

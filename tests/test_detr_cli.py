@@ -46,7 +46,7 @@ def test_the_files_of_a_run(data, run):
     record = json.loads((run / "config.json").read_text())
     config = Config.from_dict(record["config"])
     assert (config.name, config.d_model, config.image_size, config.batch_size, config.steps) == ("tiny", 32, 64, 2, 2)
-    assert record["data"].keys() == {"data", "content"} and record["data"]["data"] == str(data)
+    assert record["data"].keys() == {"data", "content", "format"} and record["data"]["data"] == str(data)
     assert [record["data"]["content"][name]["images"] for name in ("train", "val")] == [6, 4]
     assert record["classes"] == {"1": "disc", "2": "square", "3": "triangle", "4": "star"}
 

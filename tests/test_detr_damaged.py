@@ -96,7 +96,7 @@ def changed(state, place, change):
 
 
 # may be absent: only for people, or because older and newer versions of torch do not write them
-OPTIONAL = {("averaged",), ("data", "content"), ("metrics",)}
+OPTIONAL = {("averaged",), ("data", "content"), ("data", "format"), ("metrics",)}
 
 
 def may_be_absent(place, good):
@@ -309,6 +309,11 @@ HAND_MADE = [
     (("data", "x"), lambda _: torch.zeros(3), "data: unknown field 'x'"),
     (("data", ("a", 1)), lambda _: "x", "data: unknown field a tuple"),
     (("data", "content"), lambda _: torch.zeros(3), "data.content: not what `detr train` writes, got a Tensor"),
+    (("data", "format"), lambda _: torch.zeros(3), "data.format: not what `detr train` writes, got a Tensor"),
+    (("data", "format"), lambda _: "pickle", "data.format: not what `detr train` writes, got 'pickle'"),
+    (("data", "classes"), lambda _: ["a", 1], "data.classes: not what `detr train` writes, got a list"),
+    (("data", "val_fraction"), lambda _: math.nan, "data.val_fraction: not what `detr train` writes, got nan"),
+    (("data", "split_seed"), lambda _: True, "data.split_seed: not what `detr train` writes, got True"),
     (("data", "wandb"), lambda _: {"project": 3}, "data.wandb: not what `detr train` writes, got a dict"),
     (("model", "transformer.level_embed"), expanded, "model: expected a dict of tensors"),
     *(((name,), lambda _: deep(), f"{name}: ")

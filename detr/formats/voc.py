@@ -171,9 +171,8 @@ class _Voc:
             elif isinstance(size, DataError):
                 problems.append(Problem(str(path), "image file", "", "", f"{image}: {size}"))
             elif image in first:
-                problems.append(
-                    Problem(str(path), "image", "", "filename", f"{image} is the image of {first[image]} too")
-                )
+                message = f"{image} is the image of {first[image]} too"
+                problems.append(Problem(str(path), "image", "", "filename", message))
             else:
                 first[image] = path
                 draft.image(image, size, len(draft) + 1, str(path))

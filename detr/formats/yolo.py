@@ -50,13 +50,10 @@ def find_yolo(root: Path, given: Given) -> Found:
         path, content = root / "classes.txt", _without_yaml(root)
         path = path if "train" in content else None
     keys = {split: next((name for name in NAMES[split] if content.get(name)), None) for split in NAMES}
-    if (
-        keys["test"]
-        and isinstance(content["test"], str)
-        and not any(map(os.path.exists, _places(path, content, "test")))
-    ):
-        warnings.warn(f"{path}: test: left out, for {content['test']} is not there", stacklevel=2)
-        keys["test"] = None
+    test = content.get("test")
+    if isinstance(test, str) and not any(map(os.path.exists, _places(path, content, test))):
+        warnings.warn(f"{path}: test: left out, for {test} is not there", stacklevel=2)
+        keys["test"] = None  # Roboflow names it whether or not it was exported
     readers = {split: partial(_read, path, content, key) for split, key in keys.items() if key}
     if path and not readers and (root.is_file() or "names" in content):  # else it is of something else
         raise DataError(f"{path}: expected train, the folder of its images or a list of them, got {cut(list(content))}")
@@ -125,15 +122,15 @@ def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
         raise DataError(f"{path}: names: expected a list of names, or number: name, got {cut(names)}") from None
     if not pairs or min(pairs)[0] < 0:
         raise DataError(f"{path}: names: expected a name for each class, numbered from 0, got {cut(names)}")
-    number_of: dict[str, int] = {}
+    taken: dict[str, int] = {}
     classes: dict[int, str] = {}
     for number, name in pairs:
         if not isinstance(name, str) or not name:
             raise DataError(f"{path}: names: expected a text for class {number}, got {cut(name)!r}")
         if number in classes:
             raise DataError(f"{path}: names: class {number} is both {classes[number]!r} and {name!r}")
-        if number_of.setdefault(name, number) != number:
-            raise DataError(f"{path}: names: classes {number_of[name]} and {number} are both called {name!r}")
+        if taken.setdefault(name, number) != number:
+            raise DataError(f"{path}: names: classes {taken[name]} and {number} are both called {name!r}")
         classes[number] = name
     return dict(sorted(classes.items()))
 
@@ -161,10 +158,8 @@ def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tu
     headers = for_each(lambda image: read_header(image, None, reading), images, f"sizes of the images of {path}")
     label_of, labelled = {number: label for label, number in enumerate(classes)}, 0
     first: dict[Path, Path] = {}  # image of each file with boxes
-    pairs = zip(images, headers, strict=True)
-    for i, (image, header) in enumerate(
-        progress(pairs, desc=f"boxes of {path}", total=len(images), leave=False, delay=2)
-    ):
+    pairs = list(zip(images, headers, strict=True))
+    for i, (image, header) in enumerate(progress(pairs, desc=f"boxes of {path}", leave=False, delay=2)):
         if isinstance(header, DataError):
             problems.append(Problem(str(image), "image file", "", "", str(header)))
             continue
@@ -209,9 +204,8 @@ def _bases(path: Path, content: dict[str, Any]) -> list[Path]:
     return list(filter(os.path.exists, bases)) or [path.parent]
 
 
-def _places(path: Path, content: dict[str, Any], key: str, entry: str | None = None) -> list[Path]:
-    """Where an entry of a yaml may be, the best place first."""
-    entry = entry or content[key]
+def _places(path: Path, content: dict[str, Any], entry: str) -> list[Path]:
+    """Where a folder or list that a yaml names may be, the best place first."""
     names = [os.path.expanduser(entry), entry.replace("\\", "/")]
     # Roboflow writes ../train/images and means train/images
     names = [*(name.removeprefix("../") for name in names), *names]
@@ -219,7 +213,7 @@ def _places(path: Path, content: dict[str, Any], key: str, entry: str | None = N
 
 
 def _place(path: Path, content: dict[str, Any], entry: str, key: str, problems: list[Problem]) -> Path:
-    places, bases = _places(path, content, key, entry), _bases(path, content)
+    places, bases = _places(path, content, entry), _bases(path, content)
     found = next(filter(os.path.exists, places), None)
     literal = [place for place in places if ".." in place.parts and os.path.exists(place)]
     if found is not None and literal and found not in literal:
