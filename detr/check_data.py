@@ -90,17 +90,17 @@ def check_against(split: Split, config: Config) -> Iterator[Problem]:
     for i, ((width, height), count) in enumerate(zip(split.images.sizes.tolist(), split.images.objects, strict=True)):
         if count > config.n_queries:
             message = f"{count} objects, and only n_queries = {config.n_queries} can be found"
-            yield Problem(*_kind(split, i, "too many objects"), message, False)
+            yield Problem(*_where(split, i, "too many objects"), message, False)
         size = resized_size(height, width, config.image_size, config.max_size)
         if config.two_stage and tokens(size, config) < config.n_queries:
             message = (
                 f"resized to {size[1]}x{size[0]} pixels it has {tokens(size, config)} tokens, so no more than as many "
                 f"of the n_queries = {config.n_queries}"
             )
-            yield Problem(*_kind(split, i, "few tokens"), message, False)
+            yield Problem(*_where(split, i, "few tokens"), message, False)
 
 
-def _kind(split: Split, i: int, kind: str) -> tuple[str, str, str, str]:
+def _where(split: Split, i: int, kind: str) -> tuple[str, str, str, str]:
     file, entry = split.place(i)
     return file, kind, entry, ""
 

@@ -164,11 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_flags(conversion, divided=False)
 
     training = add("train", _train, "Train a detector; the run directory can be resumed after any interruption.")
-    training.add_argument(
-        "--data",
-        type=path,
-        help=_DATA,
-    )
+    training.add_argument("--data", type=path, help=_DATA)
     _add_split_names(training, "train")
     _add_split_names(training, "val")
     add_data_flags(training)
@@ -176,12 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_and_workers(training)
 
     evaluation = add("eval", _eval, "Evaluate a checkpoint by COCO's average precision.")
-    evaluation.add_argument(
-        "--data",
-        type=path,
-        required=True,
-        help=_DATA,
-    )
+    evaluation.add_argument("--data", type=path, required=True, help=_DATA)
     evaluation.add_argument("--split", default="val", help="train, val, test, ... (%(default)s)")
     evaluation.add_argument("--images", type=path, help="image folder, if its name is another")
     evaluation.add_argument("--annotations", type=path, help="json, if its name is another")
@@ -327,8 +318,7 @@ def _eval(options: argparse.Namespace) -> int:
         claim_file(options.out, "detr eval")
     model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), device)
     flags = vars(options)
-    named = {f"{options.split}_json": options.annotations, f"{options.split}_images": options.images}
-    dataset = dataset_of(flags | named)
+    dataset = dataset_of(flags, {options.split: (options.annotations, options.images)})
     split, said = load_to_evaluate(dataset, options.split, categories, reading_of(flags), hold_out_of(flags))
     if said:
         print(said)

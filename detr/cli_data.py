@@ -4,12 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
-from detr.convert import NAMES, convert
+from detr.convert import convert
 from detr.errors import DataError
 from detr.flags import hold_out_of, reading_of, scaled_preset
 from detr.load import dataset_of, read_part, read_parts
 from detr.output import claim_file, json_of, write_file
 from detr.problems import by_kind, raise_or_warn
+from detr.split import SPLITS
 from detr.summary import summary, summary_table
 
 
@@ -49,7 +50,7 @@ def run_conversion(options: argparse.Namespace) -> int:
     """Write a dataset in another format; the exit code."""
     flags = vars(options)
     dataset, splits, reading = dataset_of(flags), {}, reading_of(flags)
-    for name in sorted(dataset.splits, key=lambda name: (*NAMES, name).index(name)):
+    for name in sorted(dataset.splits, key=lambda name: (*SPLITS, name).index(name)):
         categories = next(iter(splits.values())).categories if splits else None
         part = read_part(dataset, name, categories, reading)
         raise_or_warn(part.problems)

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from detr import checkpoint, distributed, resume, run_folder
-from detr.config import Config, departures
+from detr.config import VAL_FRACTION, Config, departures
 from detr.data import validation_loader
 from detr.engine import train
 from detr.errors import DataError
 from detr.flags import (
     CONFIG_FLAGS,
     SWITCHES,
-    VAL_FRACTION,
     checkpoint_of,
     hold_out_of,
     new_config,

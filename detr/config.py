@@ -9,6 +9,8 @@ BACKENDS = ("auto", "triton", "torch", "inductor")
 SMALL_BACKBONES = ("tiny", "small")  # to train from scratch
 BACKBONES = (*SMALL_BACKBONES, "resnet18", "resnet34", "resnet50", "resnet101")
 # files of a whole model
+DATA_FORMATS = ("coco", "roboflow", "yolo", "voc")  # of datasets: the keys of detr.formats.FORMATS
+VAL_FRACTION = 0.2  # of the training images, held out where there is no split val
 FORMATS = ("onnx", "torch-export", "aoti")
 # how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
 NODES = ("plain", "tensorrt", "mmdeploy")

@@ -13,10 +13,9 @@ from detr.errors import DataError
 from detr.images import SUFFIXES, Header, for_each, read_header
 from detr.output import WRITTEN_BY, Folder, OutputError
 from detr.progress import progress
-from detr.split import Split
+from detr.split import SPLITS, Split
 
 BY = "detr convert"
-NAMES = ("train", "val", "test")  # of splits in YOLO
 
 
 def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[str]:
@@ -35,15 +34,14 @@ def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[s
         OutputError: a file is in the way that `detr convert` did not write, or that is not of this dataset. DataError:
         an image cannot be read, or its name is not one that the format knows as an image.
     """
-    unknown = [split for split in splits if split not in NAMES]
+    unknown = [split for split in splits if split not in SPLITS]
     if to == "yolo" and unknown:
-        raise DataError(f"split {unknown[0]!r}: expected one of {', '.join(NAMES)}, which YOLO has")
+        raise DataError(f"split {unknown[0]!r}: expected one of {', '.join(SPLITS)}, which YOLO has")
     names = {split: _names(content, to == "yolo") for split, content in splits.items()}
     folders = {split: f"images/{split}" if to == "yolo" else split for split in splits}
     files: dict[str, bytes] = {}
-    said: list[str] = []
     for split, content in splits.items():
-        files |= (_yolo_labels if to == "yolo" else _coco_json)(split, content, names[split], said)
+        files |= (_yolo_labels if to == "yolo" else _coco_json)(split, content, names[split])
     if to == "yolo":
         files["data.yaml"] = _data_yaml(next(iter(splits.values())), folders)
     targets = {
@@ -60,7 +58,9 @@ def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[s
             folder.write(name, Path(path).read_bytes())
     for name, content in files.items():  # the one by which the dataset is found comes last
         folder.write(name, content)
-    return said
+    crowds = {split: int(content.images.crowd.sum()) for split, content in splits.items() if to == "yolo"}
+    text = "crowds, which YOLO has no word for: their places count as background"
+    return [f"{split}: left out {count} {text}" for split, count in crowds.items() if count]
 
 
 def _look(folder: Folder, names: set[str]) -> None:
@@ -102,7 +102,7 @@ def _names(split: Split, yolo: bool) -> list[str]:
     return names
 
 
-def _coco_json(split: str, content: Split, names: list[str], said: list[str]) -> dict[str, bytes]:
+def _coco_json(split: str, content: Split, names: list[str]) -> dict[str, bytes]:
     images, annotations = content.images, []
     entries = [
         {"id": image_id, "file_name": name, "width": width, "height": height}
@@ -132,13 +132,13 @@ def _data_yaml(split: Split, folders: dict[str, str]) -> bytes:
     return f"# {BY}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=printable)}".encode()
 
 
-def _yolo_labels(split: str, content: Split, names: list[str], said: list[str]) -> dict[str, bytes]:
+def _yolo_labels(split: str, content: Split, names: list[str]) -> dict[str, bytes]:
     headers = for_each(
         lambda image: read_header(image.path, (image.width, image.height), content.reading),
         content.images,
         f"orientations of {content.source}",
     )
-    files, crowds = {}, int(content.images.crowd.sum())
+    files = {}
     for i, (name, header) in enumerate(zip(names, headers, strict=True)):
         if isinstance(header, DataError):
             raise DataError(f"{content.images.paths[i]}: {header}")
@@ -146,8 +146,6 @@ def _yolo_labels(split: str, content: Split, names: list[str], said: list[str]) 
         kept = ~content.images.crowd[rows]
         lines = list(_lines(content.images.boxes[rows][kept], content.images.labels[rows][kept], header))
         files[f"labels/{split}/{PurePosixPath(name).with_suffix('.txt')}"] = "".join(lines).encode()
-    if crowds:
-        said.append(f"{split}: left out {crowds} crowds, which YOLO has no word for: their places count as background")
     return files
 
 

@@ -66,7 +66,7 @@ class Draft:
         self._counts: list[int] = []
         self._corners: list[Sequence[float]] = []
         self._labels: list[int] = []
-        self._numbers: list[int] = []
+        self._numbers: list[int | str] = []
         self._areas: list[float] = []
         self._crowd: list[bool] = []
 
@@ -85,12 +85,15 @@ class Draft:
         self._files.append(file)
         self._counts.append(0)
 
-    def box(self, corners: Sequence[float], label: int, number: int, area: float = 0.0, crowd: bool = False) -> None:
+    def box(
+        self, corners: Sequence[float], label: int, number: int | str, area: float = 0.0, crowd: bool = False
+    ) -> None:
         """Add a box of the last image.
 
         Args:
             corners: x0, y0, x1, y1 in pixels from the upper left corner of the image, finite; x0 <= x1 and y0 <= y1.
-            number: of its entry, for messages. area: of the object, square pixels; 0 takes that of the box.
+            number: of its entry, or where it is in words, for messages.
+            area: of the object, square pixels; 0 takes that of the box.
         """
         self._counts[-1] += 1
         self._corners.append(corners)
@@ -104,7 +107,7 @@ class Draft:
         without area are left out."""
         sizes = np.array(self._sizes, np.int64).reshape(-1, 2)
         corners = np.array(self._corners, np.float64).reshape(-1, 4)
-        image_of = np.repeat(np.arange(len(sizes)), self._counts)
+        image_of = np.repeat(np.arange(len(sizes)), np.array(self._counts, np.int64))
         limits = np.tile(sizes[image_of], 2).astype(np.float64)
         clipped = np.clip(corners, 0, limits)
         boxes = clipped.astype(np.float32)

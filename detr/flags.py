@@ -8,14 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from detr.config import BACKENDS, MAX_PIXELS, PRESETS, RECIPE_FIELDS, RECIPES, SEED, Config, preset, short
+from detr.config import (
+    BACKENDS,
+    DATA_FORMATS,
+    MAX_PIXELS,
+    PRESETS,
+    RECIPE_FIELDS,
+    RECIPES,
+    SEED,
+    VAL_FRACTION,
+    Config,
+    preset,
+    short,
+)
 from detr.errors import DataError
 
 if TYPE_CHECKING:
     from detr.images import Reading
-
-DATA_FORMATS = ("coco", "roboflow", "yolo", "voc")  # the keys of detr.formats.FORMATS
-VAL_FRACTION = 0.2
 
 # flags that replace a field of the preset: type or choices, text
 CONFIG_FLAGS = {

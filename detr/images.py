@@ -79,17 +79,17 @@ def read_header(path: Path, size: tuple[int, int] | None = None, reading: Readin
         return _header(image, size, reading)
 
 
-def for_each(function: Callable[[T], U], images: Sequence[T], text: str) -> list[U | DataError]:
-    """What `function` gives for each image, several at a time, with a progress bar; the error where it raises one."""
+def for_each(function: Callable[[T], U], items: Sequence[T], text: str) -> list[U | DataError]:
+    """What `function` gives for each item, several at a time, with a progress bar; the error where it raises one."""
 
-    def call(image: T) -> U | DataError:
+    def call(item: T) -> U | DataError:
         try:
-            return function(image)
+            return function(item)
         except DataError as error:
             return error
 
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        return list(progress(pool.map(call, images), desc=text, total=len(images), leave=False, delay=2))
+        return list(progress(pool.map(call, items), desc=text, total=len(items), leave=False, delay=2))
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT_READING) -> Image.Image:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from detr.check_data import check_against, check_classes, check_images, check_objects, check_pair
-from detr.config import Config
+from detr.config import VAL_FRACTION, Config
 from detr.errors import DataError
-from detr.flags import VAL_FRACTION
 from detr.formats import Dataset, Given, open_dataset
 from detr.images import DEFAULT_READING, Reading
 from detr.problems import Problem, any_fatal, raise_or_warn
@@ -28,19 +27,20 @@ class Part:
         return any_fatal(self.problems)
 
 
-def dataset_of(flags: dict[str, Any]) -> Dataset:
-    """The dataset that the flags of a command name: "data", "format", "classes", "train_json" and so on, all but the
-    first of which may be absent.
+def dataset_of(flags: dict[str, Any], named: dict[str, tuple[Any, Any]] | None = None) -> Dataset:
+    """The dataset that the flags of a command name: "data", and where they are given "format", "classes", "train_json",
+    "train_images", "val_json" and "val_images".
+
+    Args:
+        named: split -> (json, image folder) or None for either, instead of the last four.
 
     Raises:
         DataError: as `open_dataset`.
     """
-    named = {key: Path(value) for key, value in flags.items() if isinstance(value, str | Path)}
-    kinds = {
-        kind: {key.removesuffix(f"_{kind}"): path for key, path in named.items() if key.endswith(f"_{kind}")}
-        for kind in ("json", "images")
-    }
-    given = Given(tuple(flags.get("classes") or ()), **kinds)
+    named = named or {split: (flags.get(f"{split}_json"), flags.get(f"{split}_images")) for split in ("train", "val")}
+    jsons = {split: Path(json) for split, (json, _) in named.items() if json}
+    images = {split: Path(folder) for split, (_, folder) in named.items() if folder}
+    given = Given(tuple(flags.get("classes") or ()), jsons, images)
     return open_dataset(Path(flags["data"]), flags.get("format"), given, flags.get("format_before"))
 
 
@@ -86,17 +86,15 @@ def read_part(
     Raises:
         DataError: the split is not there, or a file of it does not parse.
     """
-    split, problems = dataset.read(name, reading)
-    part = Part(split, problems)
-    for check in (
-        check_objects,
-        lambda split: check_classes(split, categories) if categories else (),
-        lambda split: check_images(split, decode),
-    ):
-        if split and not part.fatal:
-            problems += check(split)
-    if split and categories and not part.fatal:
-        part.split = split.in_classes(categories)
+    part = Part(*dataset.read(name, reading))
+    if part.split and not part.fatal:
+        part.problems += check_objects(part.split)
+    if part.split and not part.fatal and categories:
+        part.problems += check_classes(part.split, categories)
+    if part.split and not part.fatal:
+        part.problems += check_images(part.split, decode)
+    if part.split and not part.fatal and categories:
+        part.split = part.split.in_classes(categories)
     return part
 
 
@@ -124,16 +122,14 @@ def read_parts(
         if hold_out:
             raise _not_needed(dataset)
         known = categories or (train.categories if train and not parts["train"].fatal else None)
-        parts["val"] = read_part(dataset, "val", known, reading, decode)
+        try:
+            parts["val"] = read_part(dataset, "val", known, reading, decode)
+        except DataError as error:  # what was found of train is still worth knowing
+            parts["val"] = Part(None, [Problem("", "split", "", "", str(error))])
     elif train and not parts["train"].fatal:
-        fraction, seed = hold_out or (VAL_FRACTION, 0)
-        parts["train"].split, held = divide(train, fraction, seed)
+        parts["train"].split, held, said = _hold_out(dataset, train, hold_out)
         parts["val"] = Part(held, [*check_objects(held)])
         parts["train"].problems += check_objects(parts["train"].split)
-        said = (
-            f"{dataset.root} has no split val: {len(held.images)} of its {len(train.images)} images are held out for "
-            f"it (--val-fraction {fraction:g} --split-seed {seed})"
-        )
     for part in parts.values():
         if config and part.split and not part.fatal:
             part.problems += check_against(part.split, config)
@@ -150,14 +146,26 @@ def load_to_evaluate(
     hold_out: tuple[float, int] | None = None,
 ) -> tuple[Split, str]:
     """A split, and a line that says so if it had to be held out: arguments as of `read_parts`."""
-    if "val" in dataset.splits and hold_out:
+    if hold_out and "val" in dataset.splits:
         raise _not_needed(dataset)
-    if "val" in dataset.splits or name not in ("train", "val") or (name == "train" and not hold_out):
+    if hold_out and name not in ("train", "val"):
+        raise DataError(f"--val-fraction and --split-seed: expected with --split train or val, got {name}")
+    if name in dataset.splits and not (hold_out and name == "train"):
         return load_split(dataset, name, categories, None, reading), ""
-    parts, said = read_parts(dataset, categories, None, reading, hold_out=hold_out)
-    for part in parts.values():
-        raise_or_warn(part.problems)
-    return parts[name].split, said
+    if name not in ("train", "val") or "train" not in dataset.splits:
+        return load_split(dataset, name, categories, None, reading), ""  # which says what there is
+    train, val, said = _hold_out(dataset, load_split(dataset, "train", categories, None, reading), hold_out)
+    split = train if name == "train" else val
+    raise_or_warn([*check_objects(split)])
+    return split, said
+
+
+def _hold_out(dataset: Dataset, split: Split, hold_out: tuple[float, int] | None) -> tuple[Split, Split, str]:
+    """Of a dataset without a split `val`, the parts for training and validation, and a line that says so."""
+    fraction, seed = hold_out or (VAL_FRACTION, 0)
+    train, val = divide(split, fraction, seed)
+    counts = f"{len(val.images)} of its {len(split.images)} images are held out for it"
+    return train, val, f"{dataset.root} has no split val: {counts} (--val-fraction {fraction:g} --split-seed {seed})"
 
 
 def _not_needed(dataset: Dataset) -> DataError:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from detr.checkpoint import CheckpointError
-from detr.config import short
+from detr.config import DATA_FORMATS, short
 from detr.errors import DataError
-from detr.flags import DATA_FORMATS
 from detr.split import difference
 
 # flags of `detr train` that say where the data is: the folder, and names within it

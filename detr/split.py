@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detr.images import DEFAULT_READING, Reading
 
+SPLITS = ("train", "val", "test")  # the usual names
 LARGEST_AREA = 1e10  # square pixels: COCO's average precision leaves out objects that are larger
 _COLUMNS = {"boxes": np.float32, "labels": np.int64, "areas": np.float64, "crowd": np.bool_}
 
@@ -29,7 +30,7 @@ class Annotated:
     height: int
     boxes: Tensor  # [T, 4] float32, x0, y0, x1, y1 in pixels, inside the image
     labels: Tensor  # [T] int64 in 0..K-1
-    areas: Tensor  # [T] float64, square pixels; of the object where the json knows it, else of the box
+    areas: Tensor  # [T] float64, square pixels; of the object where the dataset knows it, else of the box
     crowd: Tensor  # [T] bool: a group, no target of training, ignored by the evaluation
 
 
@@ -112,7 +113,7 @@ class Split:
     reading: Reading = DEFAULT_READING  # how its image files are read
     files: list[str] | None = None  # of each image, the file with its boxes; None: `source` has those of all, by id
     own_ids: bool = True  # False: the dataset knows its classes by name only
-    own_sizes: bool = True  # False: sizes were measured, of the pixels as `reading` turns them
+    own_sizes: bool = True  # False: boxes are of the pixels as `reading` turns them, whose sizes were measured
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, Images):
@@ -179,7 +180,7 @@ class Split:
     def content(self) -> dict[str, Any]:
         """What a training on this split depends on, as a number and hashes: to see whether it changed.
 
-        Not in it are ids of images and boxes, where the dataset lies, and how its json is written. An image is known by
+        Not in it are ids of images and boxes, where the dataset lies, and how it is written. An image is known by
         its path below the image folder, its size in pixels, and the length and the last bytes of its file. The classes
         are `categories`.
         """

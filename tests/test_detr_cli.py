@@ -232,6 +232,14 @@ def test_errors_are_one_line(data, run, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def test_evaluation_of_named_files(data, run, capsys):
+    arguments = ["eval", "--data", str(data), "--checkpoint", str(run), "--split", "mini", "--images", "val"]
+    assert main([*arguments, "--annotations", "instances_val.json"]) == 0
+    assert "triangle" in capsys.readouterr().out
+    assert main([*arguments, "--annotations", "other.json"]) == 1
+    assert f"{data}: no json of the split 'mini': looked for other.json\n" in capsys.readouterr().err
+
+
 def test_more_objects_than_queries_are_warned_of(data, tmp_path, capsys):
     arguments = ["--data", str(data), "--out", str(tmp_path / "run"), "--steps", "1", *SMALL, "--set", "n_queries=1"]
     assert main(["train", *arguments]) == 0

@@ -64,8 +64,22 @@ def test_names_given_by_the_user_win(tmp_path):
     assert (split.source, split.image_dir, len(split.images)) == (json_path, folder, 1)
     split = load_split(dataset_of({"data": tmp_path, "train_images": tmp_path / "train"}))
     assert (split.source, len(split.images)) == (tmp_path / "instances_train.json", 3)
-    with pytest.raises(DataError, match=r"no dataset: looked for nothing\.json \(COCO\)"):
-        dataset_of({"data": tmp_path, "train_json": "nothing.json"})
+    for split in ("train", "val"):  # whatever else is there
+        with pytest.raises(DataError, match=rf"no json of the split '{split}': looked for nothing\.json$"):
+            dataset_of({"data": tmp_path, f"{split}_json": "nothing.json"})
+    # of an unusual split the images alone
+    coco_files.write(tmp_path, other, "mini")
+    folder = (tmp_path / "mini").rename(tmp_path / "pictures")
+    split = load_split(dataset_of({"data": tmp_path}, {"mini": (None, folder)}), "mini")
+    assert (split.source, split.image_dir) == (tmp_path / "instances_mini.json", folder)
+
+
+def test_a_split_called_valid_is_that_of_the_validation(tmp_path):
+    coco_files.write(tmp_path)
+    coco_files.write(tmp_path, split="valid")
+    dataset = open_dataset(tmp_path)
+    assert dataset.splits == ["train", "val"]
+    assert load_split(dataset, "val").source == tmp_path / "instances_valid.json"
 
 
 def test_labels_follow_the_ids_and_boxes_the_json(tmp_path):

@@ -1,6 +1,8 @@
 """Pascal VOC: corners that count from 1, the places of its files, and every fault by file and object."""
 
 import re
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ def write(root, stem, *things, size=SIZE, annotations="Annotations", images="JPE
     file_name = file_name or f"{stem}.png"
     xml = f"<annotation><filename>{file_name}</filename>{size}{''.join(things)}</annotation>"
     (root / annotations / f"{stem}.xml").write_text(xml)
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(zlib.crc32(stem.encode())).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(root / images / f"{stem}.png", **kwargs)
     return root / annotations / f"{stem}.xml"
 
@@ -146,6 +148,22 @@ def test_lists(root):
         f"{list_}: line 3: no xml at {root}/Annotations/z.xml",
     ]
     assert [problem.fatal for problem in problems] == [False, True]
+
+
+def test_an_image_in_two_lists(root, capsys):
+    lists(root, val="c\nb\n")
+    assert main(["check-data", str(root)]) == 0
+    message = f"{root}/JPEGImages/b.png is {root}/JPEGImages/b.png, an image of the training"
+    assert f"seen in training: 1, the first: {root}/Annotations/b.xml: {message}" in capsys.readouterr().out
+
+
+def test_a_billion_laughs_are_refused_at_once(root):
+    entities = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
+    bomb = f'<!DOCTYPE annotation [<!ENTITY l0 "ha">{entities}]><annotation><filename>&l9;</filename></annotation>'
+    (root / "Annotations/b.xml").write_text(bomb)
+    start = time.perf_counter()
+    [problem] = read_part(open_dataset(root), "train").problems
+    assert problem.fatal and "refused: it defines entities" in problem.message and time.perf_counter() - start < 5
 
 
 def test_images_are_found_by_name(tmp_path):

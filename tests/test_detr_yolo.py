@@ -268,6 +268,12 @@ def test_links_between_folders(root):
     assert load_split(root).names == ["a.png", "b.png", "more/e.png", "sub/d.png"]
 
 
+def test_a_path_below_the_home_folder(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    write(root / "data.yaml", f"path: ~/{root.name}\ntrain: images/train\nnames: [ant, owl]\n")
+    assert read_part(open_dataset(root), "train").problems == []
+
+
 def test_a_sibling_that_roboflow_did_not_mean(root):
     for name in ("a", "b", "c"):
         image(root / f"train/images/{name}.png")

@@ -13,7 +13,7 @@ from detr.errors import DataError
 from detr.formats.found import NAMES, Found, Given
 from detr.images import Reading
 from detr.problems import Problem, any_fatal
-from detr.split import LARGEST_AREA, Split
+from detr.split import LARGEST_AREA, SPLITS, Split
 
 # (json, image folder) of COCO 2017's layout and of the flat one
 LAYOUTS = (
@@ -33,26 +33,30 @@ _INTEGERS = {
 
 def find_coco(root: Path, given: Given) -> Found:
     """A folder in one of `LAYOUTS`, or with the names of files that the user gave."""
-    jsons = {
-        split: next((root / path for path, _ in _names(root, split, given) if (root / path).is_file()), None)
-        for split in sorted({*_splits(root), *given.json})
-    }
-    readers = {split: partial(_read, root, split, path, given) for split, path in jsons.items() if path}
+    readers = {}
+    for split, name in (_splits(root) | {split: split for split in (*given.json, *given.images)}).items():
+        jsons = [path for path, _ in _names(root, name, given)]
+        found = next((root / path for path in jsons if (root / path).is_file()), None)
+        if found:
+            readers[split] = partial(_read, root, name, found, given)
+        else:
+            raise DataError(f"{root}: no json of the split {split!r}: looked for {_or(jsons)}")
     return Found(readers, lambda split: _or(path for path, _ in _names(root, split, given)))
 
 
-def _splits(root: Path) -> set[str]:
-    """The splits whose json has one of COCO's names, and of unusual splits those that have images."""
-    found = set()
+def _splits(root: Path) -> dict[str, str]:
+    """Split -> its name there, of those whose json has one of COCO's names; of unusual splits those with images."""
+    called = set()
     for name, _ in LAYOUTS:
         before, after = name.split("{split}")
         pattern = root / before
-        for path in pattern.parent.glob(f"{pattern.name}*{after}"):
+        for path in filter(Path.is_file, pattern.parent.glob(f"{pattern.name}*{after}")):
             split = path.name[len(pattern.name) : -len(after)]
             folders = (root / images.format(split=split) for _, images in LAYOUTS)
-            if split in NAMES or (split and not split.endswith("2017") and any(map(Path.is_dir, folders))):
-                found.add(split)
-    return found
+            if split in SPLITS or (split and not split.endswith("2017") and any(map(Path.is_dir, folders))):
+                called.add(split)
+    usual = {split: name for split in SPLITS for name in reversed(NAMES[split]) if name in called}
+    return usual | {name: name for name in sorted(called - set(usual.values()))}
 
 
 def _names(root: Path, split: str, given: Given) -> list[tuple[Path, Path]]:
@@ -136,7 +140,7 @@ def read_coco(
     """
     data, file = read_json(json_path), str(json_path)
     problems = _check_structure(data, file)
-    if problems:
+    if any(problem.kind == "structure" for problem in problems):
         return None, problems
     _tidy(data)
     group = [c for c in data["categories"] if c.get("id") == 0 and _is_int(c["id"])]
@@ -151,26 +155,27 @@ def read_coco(
     draft.problems = problems
     label_of = {category_id: label for label, category_id in enumerate(categories)}
     per_image = defaultdict(list)
-    for annotation in data["annotations"]:
-        per_image[_hashable(annotation.get("image_id"))].append(annotation)
+    for i, annotation in enumerate(data["annotations"]):
+        per_image[_hashable(annotation.get("image_id"))].append((i, annotation))
     whole = not any_fatal(problems)
     for image in data["images"]:
         if not whole and not _is_image(image):
             continue
         draft.image(image_dir / image["file_name"], (image["width"], image["height"]), image["id"])
-        for annotation in per_image[image["id"]]:
+        for i, annotation in per_image[image["id"]]:
             if whole or (_is_box(annotation.get("bbox")) and _hashable(annotation.get("category_id")) in label_of):
-                _add(draft, annotation, label_of)
+                _add(draft, annotation, label_of, i)
     return draft.finish()
 
 
-def _add(draft: Draft, annotation: dict[str, Any], label_of: dict[int, int]) -> None:
+def _add(draft: Draft, annotation: dict[str, Any], label_of: dict[int, int], position: int) -> None:
     x, y, width, height = map(float, annotation["bbox"])
     area = annotation.get("area", 0)
     area = float(area) if _is_area(area) and area <= LARGEST_AREA else 0.0
     crowd = annotation.get("iscrowd", 0) == 1
     corners = (x, y, x + width, y + height)
-    draft.box(corners, label_of[annotation["category_id"]], annotation.get("id"), area, crowd)
+    number = annotation["id"] if _is_int(annotation.get("id")) else f"at position {position}"
+    draft.box(corners, label_of[annotation["category_id"]], number, area, crowd)
 
 
 def _check_structure(data: Any, file: str) -> list[Problem]:

@@ -1,21 +1,15 @@
 """What the finder of a format is given, and what it gives: see `detr.formats.FORMATS`."""
 
-import math
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detr.errors import DataError
 from detr.images import Reading
-from detr.problems import Problem, cut
+from detr.problems import Problem
 from detr.split import Split
 
 # what folders and files of a split are called
 NAMES = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 Reader = Callable[[Reading], tuple[Split | None, list[Problem]]]
 
@@ -36,49 +30,3 @@ class Found:
     # split ("train", "val", "test") -> what reads it: the `Split`, or None if nothing can be made of it, and its faults
     readers: dict[str, Reader]
     looked_for: Callable[[str], str]  # the names by which a split of this format is found, for messages
-
-
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with a byte order mark or without.
-
-    Raises:
-        DataError: it is something else, or cannot be read.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start}: expected text in UTF-8: {error.reason}") from None
-    except OSError as error:
-        raise DataError(f"{path}: not read: {error.strerror}") from None
-
-
-def lines(text: str) -> list[str]:
-    """Its lines, as editors count them: `str.splitlines` has more kinds of ends."""
-    return re.split("\r\n|\n|\r", text)
-
-
-def class_names(path: Path) -> list[str]:
-    """The names in a classes.txt, one a line.
-
-    Raises:
-        DataError: there is none, one is there twice, or a line between them is empty.
-    """
-    names = [line.strip() for line in lines(read_text(path).rstrip())]
-    if not all(names) or len(set(names)) < len(names):
-        raise DataError(f"{path}: expected a name on each line, no two the same, got {cut(names)}")
-    return names
-
-
-def number_of(text: str) -> float:
-    """A decimal number in ASCII; NaN for everything else, though Python reads 1_0 too."""
-    return float(text) if _NUMBER.fullmatch(text) else math.nan
-
-
-def is_visible_file(path: Path) -> bool:
-    """Whether it is a file, and none that macOS leaves beside others (._a.jpg)."""
-    return not path.name.startswith(".") and os.path.isfile(path)
-
-
-def in_order(path: Path) -> tuple[str, str]:
-    """The key by which images, and their files with boxes, are sorted: the same for both."""
-    return str(path.with_suffix("")), path.suffix

@@ -17,17 +17,8 @@ from defusedxml.ElementTree import fromstring
 
 from detr.draft import Draft, Words
 from detr.errors import DataError
-from detr.formats.found import (
-    NAMES,
-    Found,
-    Given,
-    class_names,
-    in_order,
-    is_visible_file,
-    lines,
-    number_of,
-    read_text,
-)
+from detr.formats.found import NAMES, Found, Given
+from detr.formats.text import class_names, in_order, is_visible_file, lines, number_of, read_text
 from detr.images import SUFFIXES, Reading, for_each, read_header
 from detr.problems import Problem, cut
 from detr.progress import progress
@@ -194,7 +185,7 @@ def _add(draft: Draft, found: _Object, path: Path, label_of: dict[str, int], nam
         message = "is difficult, so it is treated as a crowd: neither trained on nor counted"
         draft.problems.append(Problem(str(path), "difficult", entry, "difficult", message, fatal=False))
     x0, y0, x1, y1 = found.corners
-    if min(x0, y0) < 1:
+    if 0 <= min(x0, y0) < 1:
         message = f"corners count from 1, so {min(x0, y0):g} is outside: taken for the border of the image"
         draft.problems.append(Problem(str(path), "corner 0", entry, "bndbox", message, fatal=False))
     draft.box((x0 - 1, y0 - 1, x1, y1), label_of[found.name], found.number, crowd=found.difficult)
@@ -222,6 +213,7 @@ def _size(image: Path, reading: Reading) -> tuple[int, int]:
 
 def _parse(path: Path) -> _Xml:
     def broken(message: str) -> _Xml:
+        # any size: what is not read has to be measured neither
         return _Xml("", (1, 1), [], [Problem(str(path), "xml", "", "", message)])
 
     try:

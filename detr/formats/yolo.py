@@ -17,7 +17,8 @@ import yaml
 
 from detr.draft import Draft, Words
 from detr.errors import DataError
-from detr.formats.found import NAMES, Found, Given, class_names, in_order, is_visible_file, lines, number_of, read_text
+from detr.formats.found import NAMES, Found, Given
+from detr.formats.text import class_names, in_order, is_visible_file, lines, number_of, read_text
 from detr.images import SUFFIXES, Reading, for_each, read_header
 from detr.problems import Problem, cut
 from detr.progress import progress
@@ -163,7 +164,7 @@ def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tu
         if isinstance(header, DataError):
             problems.append(Problem(str(image), "image file", "", "", str(header)))
             continue
-        file = next(filter(os.path.lexists, label_files(image)), None)
+        file = next(filter(os.path.lexists, _label_files(image)), None)
         draft.image(image, header.size, i + 1, str(file or image))
         if file:
             labelled += 1
@@ -172,7 +173,7 @@ def _read(path: Path, content: dict[str, Any], key: str, reading: Reading) -> tu
                 problems.append(Problem(str(file), "label file shared", "", "", message, fatal=False))
             _boxes(file, draft, header.size, label_of, path, more)
     if images and not labelled:
-        looked_for = " and ".join(map(str, dict.fromkeys(label_files(images[0]))))
+        looked_for = " and ".join(map(str, dict.fromkeys(_label_files(images[0]))))
         message = f"none of the {len(images)} images has a file with boxes: looked for {looked_for}, and so on"
         problems.append(Problem(str(path), "empty", "", key, message))
     return draft.finish()
@@ -195,13 +196,17 @@ def _images(path: Path, content: dict[str, Any], key: str, problems: list[Proble
             seen.setdefault(name, where)
 
 
-def _bases(path: Path, content: dict[str, Any]) -> list[Path]:
-    """The folders that names in a yaml start from: its `path` or, where that is not there, that of the yaml."""
+def _bases(path: Path, content: dict[str, Any]) -> tuple[list[Path], bool]:
+    """The folders that names in a yaml start from, and whether these are what it says.
+
+    They are its `path`, from the folder of the yaml or the working directory; else the folder of the yaml.
+    """
     base = content.get("path")
     if base is not None and not isinstance(base, str):
         raise DataError(f"{path}: path: expected the name of a folder, got {cut(base)}")
-    bases = [folder / os.path.expanduser(base) for folder in (path.parent, Path.cwd())] if base else []
-    return list(filter(os.path.exists, bases)) or [path.parent]
+    bases = [folder / os.path.expanduser(base) for folder in (path.parent, Path.cwd())] if base else [path.parent]
+    there = list(filter(os.path.exists, bases))
+    return there or [path.parent], bool(there)
 
 
 def _places(path: Path, content: dict[str, Any], entry: str) -> list[Path]:
@@ -209,20 +214,18 @@ def _places(path: Path, content: dict[str, Any], entry: str) -> list[Path]:
     names = [os.path.expanduser(entry), entry.replace("\\", "/")]
     # Roboflow writes ../train/images and means train/images
     names = [*(name.removeprefix("../") for name in names), *names]
-    return [base / name for name in dict.fromkeys(names) for base in _bases(path, content)]
+    return [base / name for name in dict.fromkeys(names) for base in _bases(path, content)[0]]
 
 
 def _place(path: Path, content: dict[str, Any], entry: str, key: str, problems: list[Problem]) -> Path:
-    places, bases = _places(path, content, entry), _bases(path, content)
+    places, (bases, as_said) = _places(path, content, entry), _bases(path, content)
     found = next(filter(os.path.exists, places), None)
     literal = [place for place in places if ".." in place.parts and os.path.exists(place)]
     if found is not None and literal and found not in literal:
         _warn(
             problems, path, key, f"{entry} is taken for {found}, although {os.path.normpath(literal[0])} is there too"
         )
-    if content.get("path") and not any(
-        os.path.exists(folder / content["path"]) for folder in (path.parent, Path.cwd())
-    ):
+    if not as_said:
         _warn(problems, path, "path", f"{content['path']} is not there: names start from {path.parent}")
     if found is None and (found := _of_another_computer(entry, bases)):
         _warn(problems, path, key, f"{entry} is not there: {found} is taken")
@@ -271,7 +274,7 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _of_list(file: Path, path: Path, content: dict[str, Any], problems: list[Problem]) -> Iterator[tuple[str, Path]]:
-    bases = list(dict.fromkeys([file.parent, *_bases(path, content), path.parent]))
+    bases = list(dict.fromkeys([file.parent, *_bases(path, content)[0], path.parent]))
     for number, line in enumerate(lines(read_text(file)), start=1):
         name = line.strip()
         if not name:
@@ -288,7 +291,7 @@ def _of_list(file: Path, path: Path, content: dict[str, Any], problems: list[Pro
         yield f"{file}: line {number}", Path(os.path.normpath(image))
 
 
-def label_files(image: Path) -> list[Path]:
+def _label_files(image: Path) -> list[Path]:
     """Where the boxes of an image may be: in labels/ in the place of the last images/ of its path, or beside it."""
     file = image.with_suffix(".txt")
     for path in (file, Path(os.path.abspath(file))):
@@ -324,8 +327,8 @@ def _label(word: str, label_of: dict[int, int], path: Path) -> int:
     if not value.is_integer() or value < 0:
         raise DataError(f"expected the number of a class first, got {cut(word)}")
     if int(value) not in label_of:
-        known = f"{min(label_of)} to {max(label_of)}" if len(label_of) > 1 else f"only {min(label_of)}"
-        raise DataError(f"class {cut(word)}, and {path} names {len(label_of)} classes, counted from 0: {known}")
+        known = cut(", ".join(map(str, label_of))) if max(label_of) >= len(label_of) else f"0 to {max(label_of)}"
+        raise DataError(f"class {cut(word)}, and {path} names the classes {known}, counted from 0")
     return label_of[int(value)]
 
 
