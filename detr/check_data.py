@@ -69,13 +69,13 @@ def check_classes(split: Split, categories: dict[int, str]) -> Iterator[Problem]
             yield Problem(file, "class", "", "", message)
 
 
-def check_objects(split: Split) -> Iterator[Problem]:
+def check_objects(split: Split, hint: str = "") -> Iterator[Problem]:
     """Without a box that counts there is nothing to learn, and no average precision."""
     crowds, total = int(split.images.crowd.sum()), len(split.images.labels)
     if crowds == total:
         message = (
             f"the dataset is empty: expected a box in one of the {len(split.images)} images, found none that has an "
-            f"area and counts; {crowds} are crowds, which are neither learned nor counted"
+            f"area and counts; {crowds} are crowds, which are neither learned nor counted{hint}"
         )
         yield Problem(str(split.source), "empty", "", "", message)
 

@@ -20,6 +20,7 @@ from detr.flags import (
     add_reading_flags,
     checkpoint_of,
     hold_out_of,
+    names,
     number,
     path,
     place,
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         default="copy",
         help="copy the image files, or make symbolic links to them (%(default)s)",
     )
+    conversion.add_argument("--splits", type=names, metavar="A,B,...", help="splits to convert (all)")
     _add_split_names(conversion, "train")
     _add_split_names(conversion, "val")
     add_data_flags(conversion, divided=False)
@@ -307,7 +309,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from detr import checkpoint
+    from detr import checkpoint, resume
     from detr.data import validation_loader
     from detr.evaluate import evaluate, per_class_table
     from detr.load import dataset_of, load_to_evaluate
@@ -316,10 +318,14 @@ def _eval(options: argparse.Namespace) -> int:
     device = _device(options)
     if options.out:
         claim_file(options.out, "detr eval")
-    model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), device)
+    file = checkpoint_of(options.checkpoint)
+    content = checkpoint.load(file)
+    model, config = checkpoint.model_of(content, file)
+    model, categories = model.to(device).eval(), checkpoint.classes_of(content)
     flags = vars(options)
     dataset = dataset_of(flags, {options.split: (options.annotations, options.images)})
-    split, said = load_to_evaluate(dataset, options.split, categories, reading_of(flags), hold_out_of(flags))
+    before = hold_out_of(resume.known(content))
+    split, said = load_to_evaluate(dataset, options.split, categories, reading_of(flags), hold_out_of(flags), before)
     if said:
         print(said)
     val = validation_loader(split, config, device, options.workers, options.batch_size)

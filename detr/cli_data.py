@@ -7,10 +7,10 @@ from pathlib import Path
 from detr.convert import convert
 from detr.errors import DataError
 from detr.flags import hold_out_of, reading_of, scaled_preset
-from detr.load import dataset_of, read_part, read_parts
+from detr.load import Dataset, dataset_of, read_part, read_parts
 from detr.output import claim_file, json_of, write_file
 from detr.problems import by_kind, raise_or_warn
-from detr.split import SPLITS
+from detr.split import SPLITS, Split
 from detr.summary import summary, summary_table
 
 
@@ -50,13 +50,16 @@ def run_conversion(options: argparse.Namespace) -> int:
     """Write a dataset in another format; the exit code."""
     flags = vars(options)
     dataset, splits, reading = dataset_of(flags), {}, reading_of(flags)
-    for name in sorted(dataset.splits, key=lambda name: (*SPLITS, name).index(name)):
+    unknown = [name for name in options.splits or () if name not in dataset.splits]
+    if unknown:
+        raise DataError(f"--splits: expected some of {', '.join(dataset.splits)}, got {unknown[0]}")
+    for name in sorted(options.splits or dataset.splits, key=lambda name: (*SPLITS, name).index(name)):
         categories = next(iter(splits.values())).categories if splits else None
         part = read_part(dataset, name, categories, reading)
         raise_or_warn(part.problems)
         splits[name] = part.split
-    for folder in (dataset.folder, *(split.image_dir for split in splits.values())):
-        if Path(os.path.realpath(options.out)).is_relative_to(os.path.realpath(folder)):
+    for folder in _read_from(dataset, splits):
+        if Path(os.path.realpath(options.out)).is_relative_to(folder):
             raise DataError(f"{options.out}: expected a folder outside of {folder}, which the dataset is read from")
     for line in convert(splits, options.out, options.to, options.images):
         print(line)
@@ -64,3 +67,12 @@ def run_conversion(options: argparse.Namespace) -> int:
         print("boxes are of the pixels as they are stored: read this dataset with --exif ignore too")
     print(f"{options.out}: {', '.join(f'{len(split.images)} images of {name}' for name, split in splits.items())}")
     return 0
+
+
+def _read_from(dataset: Dataset, splits: dict[str, Split]) -> list[str]:
+    """The folders in which new files would be read with the dataset."""
+    folders = [dataset.root] if dataset.root.is_dir() else []
+    for folder in {Path(path).parent for split in splits.values() for path in split.images.paths}:
+        above = [parent for parent in Path(os.path.abspath(folder)).parents if parent.name == "images"]
+        folders += [folder, *above]
+    return sorted(map(os.path.realpath, folders))

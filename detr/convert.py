@@ -59,8 +59,12 @@ def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[s
     for name, content in files.items():  # the one by which the dataset is found comes last
         folder.write(name, content)
     crowds = {split: int(content.images.crowd.sum()) for split, content in splits.items() if to == "yolo"}
+    renamed = sum(
+        name != kept for split in splits for name, kept in zip(names[split], splits[split].names, strict=True)
+    )
+    said = [f"{renamed} images have other names, by which YOLO finds their boxes"] if renamed else []
     text = "crowds, which YOLO has no word for: their places count as background"
-    return [f"{split}: left out {count} {text}" for split, count in crowds.items() if count]
+    return said + [f"{split}: left out {count} {text}" for split, count in crowds.items() if count]
 
 
 def _look(folder: Folder, names: set[str]) -> None:
@@ -71,6 +75,7 @@ def _look(folder: Folder, names: set[str]) -> None:
     """
     folder.claim(sorted(names))
     for parent, folders, files in os.walk(folder.path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for file in sorted(files) + links:
             name = (Path(parent) / file).relative_to(folder.path).as_posix()
@@ -88,8 +93,8 @@ def _names(split: Split, yolo: bool) -> list[str]:
         relative = os.path.relpath(path, split.image_dir)
         name = PurePosixPath(Path(path).name if relative.startswith("..") else Path(relative).as_posix())
         if yolo:  # a folder images/ would be taken for that of the labels, and what starts with a dot for no image
-            folders = (f"{part}_" if part == "images" else part for part in name.parts[:-1])
-            name = PurePosixPath(*folders, f"_{name.name}" if name.name.startswith(".") else name.name)
+            parts = (f"{part}_" if part == "images" else part for part in name.parts[:-1])
+            name = PurePosixPath(*(f"_{part}" if part.startswith(".") else part for part in (*parts, name.name)))
         if yolo and name.suffix.lower() not in SUFFIXES:
             known = ", ".join(sorted(SUFFIXES))
             raise DataError(f"{path}: YOLO knows images by their suffix: expected one of {known}")

@@ -14,6 +14,8 @@ from detr.images import DEFAULT_READING, Reading
 from detr.problems import Problem, any_fatal, raise_or_warn
 from detr.split import Split
 
+_HINT = "; another --split-seed or --val-fraction holds other images out"
+
 
 @dataclass
 class Part:
@@ -128,8 +130,8 @@ def read_parts(
             parts["val"] = Part(None, [Problem("", "split", "", "", str(error))])
     elif train and not parts["train"].fatal:
         parts["train"].split, held, said = _hold_out(dataset, train, hold_out)
-        parts["val"] = Part(held, [*check_objects(held)])
-        parts["train"].problems += check_objects(parts["train"].split)
+        parts["val"] = Part(held, [*check_objects(held, _HINT)])
+        parts["train"].problems += check_objects(parts["train"].split, _HINT)
     for part in parts.values():
         if config and part.split and not part.fatal:
             part.problems += check_against(part.split, config)
@@ -144,19 +146,25 @@ def load_to_evaluate(
     categories: dict[int, str],
     reading: Reading = DEFAULT_READING,
     hold_out: tuple[float, int] | None = None,
+    before: tuple[float, int] | None = None,
 ) -> tuple[Split, str]:
-    """A split, and a line that says so if it had to be held out: arguments as of `read_parts`."""
+    """A split, and a line that says so if it had to be held out: arguments as of `read_parts`.
+
+    Args:
+        before: what the training held out, which is taken where `hold_out` is not given.
+    """
     if hold_out and "val" in dataset.splits:
         raise _not_needed(dataset)
     if hold_out and name not in ("train", "val"):
         raise DataError(f"--val-fraction and --split-seed: expected with --split train or val, got {name}")
+    hold_out = hold_out or ("val" not in dataset.splits and before) or None
     if name in dataset.splits and not (hold_out and name == "train"):
         return load_split(dataset, name, categories, None, reading), ""
     if name not in ("train", "val") or "train" not in dataset.splits:
         return load_split(dataset, name, categories, None, reading), ""  # which says what there is
     train, val, said = _hold_out(dataset, load_split(dataset, "train", categories, None, reading), hold_out)
     split = train if name == "train" else val
-    raise_or_warn([*check_objects(split)])
+    raise_or_warn([*check_objects(split, _HINT)])
     return split, said
 
 

@@ -32,6 +32,13 @@ def _of_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(type(k) is str and type(v) in (str, int) for k, v in value.items())
 
 
+def known(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps about its data, without what is not as `detr train` writes it."""
+    data = state.get("data")
+    data = data if isinstance(data, dict) else {}
+    return {name: value for name, value in data.items() if name in _FIELDS and _FIELDS[name](value)}
+
+
 def located(data: Any, given: dict[str, str], path: Path) -> dict[str, Any]:
     """What the checkpoint at `path` keeps about its data, with the folder where it is today.
 

@@ -88,6 +88,7 @@ def test_names_that_share_a_text_file(tmp_path, capsys):
     assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 0
     found, before = load_split(tmp_path / "yolo"), load_split(tmp_path / "coco")
     assert found.names == ["a.png", "a_2.bmp", "sub/a.png"]
+    assert "1 images have other names, by which YOLO finds their boxes" in capsys.readouterr().out
     assert [len(image.labels) for image in found.images] == [2, 1, 0]
     assert found.images.boxes[2:].tolist() == before.images.boxes[3:].tolist()
     (tmp_path / "coco" / "train" / "a.bmp").rename(tmp_path / "coco" / "train" / "a.ppm")
@@ -302,3 +303,41 @@ def test_pixels_as_they_are_stored(datasets, tmp_path, capsys):
         "boxes are of the pixels as they are stored: read this dataset with --exif ignore too"
         in capsys.readouterr().out
     )
+
+
+def test_some_of_the_splits(datasets, tmp_path, capsys):
+    shutil.copytree(datasets / "voc", tmp_path / "voc")
+    (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("not_published\n")
+    assert convert(tmp_path / "voc", tmp_path / "out") == 1
+    assert "test.txt: line 1: no xml at" in capsys.readouterr().err
+    assert convert(tmp_path / "voc", tmp_path / "out", "--splits", "val,train") == 0
+    assert capsys.readouterr().out.endswith("32 images of train, 8 images of val\n")
+    assert convert(tmp_path / "voc", tmp_path / "new", "--splits", "valid") == 1
+    assert "--splits: expected some of train, val, test, got valid" in capsys.readouterr().err
+
+
+def test_a_place_beside_the_images(datasets, tmp_path, capsys):
+    """Where nothing that is written is read with the dataset."""
+    shutil.copytree(datasets / "yolo", tmp_path / "data")
+    (tmp_path / "my.yaml").write_text("path: data\ntrain: images\nnames: [disc, square, star, triangle]\n")
+    for place in ("data/images/out", "data/images/train/out"):
+        assert convert(tmp_path / "my.yaml", tmp_path / place) == 1
+        assert "expected a folder outside of " in capsys.readouterr().err
+    assert convert(tmp_path / "my.yaml", tmp_path / "out") == 0
+    assert len(load_split(tmp_path / "out").images) == 40
+
+
+def test_names_with_a_colon_or_of_windows(tmp_path, capsys):
+    data = coco_files.content()
+    data["images"][0]["file_name"] = "1:a.png"
+    coco_files.write(tmp_path / "coco", data)
+    data["images"][1]["file_name"] = "sub\\b.png"
+    (tmp_path / "coco" / "instances_train.json").write_text(json.dumps(data))
+    assert convert(tmp_path / "coco", tmp_path / "out") == 0
+    assert load_split(tmp_path / "out").names == ["1:a.png", "sub/b.png", "c.png"]
+    data["images"][1]["file_name"] = "a:b.png"
+    for name in ("C:\\a.png", "c:/a.png"):
+        data["images"][2]["file_name"] = name
+        (tmp_path / "coco" / "instances_train.json").write_text(json.dumps(data))
+        assert convert(tmp_path / "coco", tmp_path / "new") == 1
+        assert "leads out of the image folder" in capsys.readouterr().err

@@ -35,12 +35,14 @@ def synthetic(tmp_path_factory):
     ("json_name", "folder"),
     [
         ("annotations/instances_val2017.json", "val2017"),
+        ("annotations/instances_val2017.json", "images/val2017"),
+        ("annotations/instances_val.json", "images/val"),
         ("annotations/instances_val.json", "val"),
         ("instances_val.json", "val"),
     ],
 )
 def test_layouts(tmp_path, json_name, folder):
-    (tmp_path / folder).mkdir()
+    (tmp_path / folder).mkdir(parents=True)
     (tmp_path / json_name).parent.mkdir(exist_ok=True)
     data = coco_files.content()
     files = coco_files.write(tmp_path / "flat", data, "val")

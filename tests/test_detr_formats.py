@@ -231,6 +231,10 @@ def test_what_is_held_out_is_told_and_checked(datasets, tmp_path, capsys):
     assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *flags]) == 0
     out, _ = capsys.readouterr()
     assert "16 of its 32 images are held out for it (--val-fraction 0.5 --split-seed 7)" in out
+    # it is evaluated on the images that it held out, unless others are asked for
+    for more, said in ((["--split-seed", "1"], "0.2 --split-seed 1"), ([], "0.5 --split-seed 7")):
+        assert main(["eval", "--data", str(data), "--checkpoint", str(tmp_path / "run"), *more]) == 0
+        assert f"(--val-fraction {said})" in capsys.readouterr().out
     # the run remembers, and goes on with the same images
     kept = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["data"]
     assert (kept["val_fraction"], kept["split_seed"]) == (0.5, 7)
@@ -249,6 +253,7 @@ def test_a_held_out_part_without_objects(datasets, tmp_path):
     parts, _ = read_parts(open_dataset(tmp_path), hold_out=(0.03, 0))
     [problem] = parts["val"].problems
     assert problem.fatal and "expected a box in one of the 1 images, found none" in str(problem)
+    assert str(problem).endswith("; another --split-seed or --val-fraction holds other images out")
 
 
 def test_what_is_evaluated_of_a_dataset_without_a_validation_split(datasets, tmp_path):

@@ -134,8 +134,18 @@ def test_a_folder_for_each_split(tmp_path, inside):
 
 
 def test_lists(root):
-    lists(root, train="b  1\r\n\na.png\n")
+    lists(root, train="b\t-1\r\n\na.png\n")
     assert [image.path.stem for image in load_split(root).images] == ["b", "a"]
+    # of CVAT
+    lists(root, Train="b\n", Validation="c\n")
+    for name in ("train", "val"):
+        (root / "ImageSets/Main" / f"{name}.txt").rename(root / f"{name}.txt")
+    dataset = open_dataset(root)
+    assert dataset.splits == ["train", "val"] and load_split(dataset).names == ["b.png"]
+    for name in ("Train", "Validation"):
+        (root / "ImageSets/Main" / f"{name}.txt").unlink()
+    for name in ("train", "val"):
+        (root / f"{name}.txt").rename(root / "ImageSets/Main" / f"{name}.txt")
     # trainval, where there is no train
     (root / "ImageSets/Main/train.txt").rename(root / "ImageSets/Main/trainval.txt")
     dataset = open_dataset(root)
@@ -332,7 +342,16 @@ def test_a_class_that_the_training_did_not_have(root):
 
 @pytest.mark.parametrize(
     ("text", "difficult"),
-    [("0", False), (" 1 ", True), ("true", True), ("False", False), ("Unspecified", False), ("", False), ("yes", True)],
+    [
+        ("0", False),
+        (" 1 ", True),
+        ("true", True),
+        ("False", False),
+        ("Unspecified", False),
+        ("", False),
+        ("\n", False),
+        ("yes", True),
+    ],
 )
 def test_ways_to_write_difficult(root, text, difficult):
     write(root, "b", thing("bee", more=f"<difficult>{text}</difficult>"), thing("ant"))

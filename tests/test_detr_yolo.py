@@ -311,3 +311,57 @@ def test_a_folder_that_is_named_from_within(root, monkeypatch):
     monkeypatch.chdir(root / "images/train")
     expected = load_split(root / "images/train")
     assert load_split(Path(".")).images.boxes.tolist() == expected.images.boxes.tolist() == [[15, 5, 25, 15]] * 2
+
+
+def test_the_working_directory_does_not_decide(root, monkeypatch):
+    """Another copy of the dataset, or another dataset, may lie there."""
+    for folder in (root / "work", root / "work/datasets/birds"):
+        image(folder / "images/train/x.png")
+        image(folder / "images/val/x.png")
+        write(folder / "labels/train/x.txt", LINE)
+    monkeypatch.chdir(root / "work")
+    write(root / "data.yaml", "path: datasets/birds\ntrain: images/train\nval: images/val\nnames: [ant, owl]\n")
+    with pytest.warns(UserWarning, match="path: 1, .* datasets/birds is not there: names start from"):
+        assert load_split(root).names == ["a.png", "b.png"]
+    write(root / "data.yaml", "path: .\ntrain: images/train\nval: images/none\nnames: [ant, owl]\n")
+    (root / "work/images/none").mkdir()
+    with pytest.raises(DataError, match=r"val: no folder or list of images at"):
+        load_split(root, "val")
+
+
+def test_hidden_folders_are_not_read(root):
+    image(root / "images/train/.ipynb_checkpoints/a-checkpoint.png")
+    assert load_split(root).names == ["a.png", "b.png"]
+
+
+def test_a_folder_by_its_name_and_by_a_link(root):
+    (root / "images/again").symlink_to("train")
+    (root / "labels/again").symlink_to("train")
+    write(root / "data.yaml", "train: [images/train, images/again]\nnames: [ant, owl]\n")
+    problems = read_part(open_dataset(root), "train").problems
+    assert [(problem.kind, problem.fatal) for problem in problems] == [("image twice", False)] * 2
+    # two names for one file are two images: each has its own boxes
+    (root / "images/train/c.png").symlink_to("a.png")
+    write(root / "data.yaml", "train: images/train\nnames: [ant, owl]\n")
+    assert load_split(root).names == ["a.png", "b.png", "c.png"]
+
+
+def test_a_yaml_that_names_its_own_folder(tmp_path):
+    """As some exports of Roboflow do; and lists with a folder before that is not there, as of Datumaro."""
+    birds(tmp_path / "Hat-1")
+    text = "train: Hat-1/images/train\nval: Hat-1/images/val\ntest: /content/Hat-1/images/val\nnames: [ant, owl]\n"
+    write(tmp_path / "Hat-1/data.yaml", text)
+    dataset = open_dataset(tmp_path / "Hat-1")
+    assert dataset.splits == ["train", "val", "test"]
+    for split in dataset.splits:
+        with pytest.warns(UserWarning, match=r"path: 1, .*Hat-1/images/.* is not there: .*/Hat-1/images/.* is taken"):
+            load_split(dataset, split)
+    write(tmp_path / "Hat-1/train.txt", "data/images/train/b.png\n")
+    write(tmp_path / "Hat-1/data.yaml", "train: train.txt\nnames: [ant, owl]\n")
+    with pytest.warns(UserWarning, match=r"path: 1, .*train\.txt: line 1: data/images/train/b.png is not there"):
+        assert load_split(tmp_path / "Hat-1").names == ["b.png"]
+
+
+def test_an_xml_of_cvat_beside_it(root):
+    write(root / "annotations.xml", "<?xml version='1.0'?><annotations><version>1.1</version></annotations>")
+    assert open_dataset(root).format == "yolo"

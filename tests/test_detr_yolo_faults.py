@@ -249,7 +249,7 @@ def test_numbers_of_python_and_of_other_scripts(root, word):
     assert fatal(root).message == f"expected finite numbers, got {word}"
 
 
-@pytest.mark.parametrize("shape", ["'12'", "[-1, 2]", "[1]", "{1: 2}", "[a, b]"])
+@pytest.mark.parametrize("shape", ["'12'", "[-1, 2]", "[1]", "{1: 2}", "[a, b]", f"[{'1' * 5000}, 1]"])
 def test_points_that_cannot_be_meant(root, shape):
     write(root / "data.yaml", f"train: images/train\nnames: [ant]\nkpt_shape: {shape}\n")
     with pytest.raises(DataError, match="kpt_shape: expected two integers, got "):
@@ -268,3 +268,23 @@ def test_a_split_that_cannot_be_read_beside_one_that_can(root, capsys):
     out = capsys.readouterr().out
     assert "images               2, 0 of them without objects" in out
     assert f"error split: 1, the first: {root}/data.yaml: val: no folder or list of images at " in out
+
+
+@pytest.mark.parametrize("text", ["path: {{ path }}\n", "? {a: b}\n: 1\n", "? [a]\n: 1\n"])
+def test_keys_that_are_no_texts(root, text):
+    write(root / "template.yaml", text)
+    (root / "data.yaml").rename(root / "birds.yaml")
+    assert len(load_split(root).images) == 2
+    write(root / "data.yaml", text)
+    with pytest.raises(DataError, match=r"data\.yaml: line 1 column \d+: not yaml: a key that is no text"):
+        open_dataset(root)
+
+
+def test_pipes_are_not_waited_for(root):
+    (root / "labels/train/a.txt").unlink()
+    os.mkfifo(root / "labels/train/a.txt")
+    assert fatal(root).message == "not read: expected a file"
+    os.mkfifo(root / "train.txt")
+    write(root / "data.yaml", "train: train.txt\nnames: [ant, owl]\n")
+    with pytest.raises(DataError, match=r"train\.txt: not read: expected a file"):
+        load_split(root)

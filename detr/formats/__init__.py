@@ -42,10 +42,6 @@ class Dataset:
         return FORMATS[self.format][0]
 
     @property
-    def folder(self) -> Path:
-        return self.root.parent if self.root.is_file() else self.root
-
-    @property
     def splits(self) -> list[str]:
         return list(self.found.readers)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -15,10 +16,12 @@ from detr.images import Reading
 from detr.problems import Problem, any_fatal
 from detr.split import LARGEST_AREA, SPLITS, Split
 
-# (json, image folder) of COCO 2017's layout and of the flat one
+# (json, image folder) of COCO 2017's layout, of Ultralytics', and of the flat one
 LAYOUTS = (
     ("annotations/instances_{split}2017.json", "{split}2017"),
+    ("annotations/instances_{split}2017.json", "images/{split}2017"),
     ("annotations/instances_{split}.json", "{split}"),
+    ("annotations/instances_{split}.json", "images/{split}"),
     ("instances_{split}.json", "{split}"),
 )
 ROBOFLOW = "_annotations.coco.json"
@@ -161,7 +164,10 @@ def read_coco(
     for image in data["images"]:
         if not whole and not _is_image(image):
             continue
-        draft.image(image_dir / image["file_name"], (image["width"], image["height"]), image["id"])
+        path = image_dir / image["file_name"]
+        if "\\" in image["file_name"] and not path.exists():  # of Windows
+            path = image_dir / image["file_name"].replace("\\", "/")
+        draft.image(path, (image["width"], image["height"]), image["id"])
         for i, annotation in per_image[image["id"]]:
             if whole or (_is_box(annotation.get("bbox")) and _hashable(annotation.get("category_id")) in label_of):
                 _add(draft, annotation, label_of, i)
@@ -295,7 +301,7 @@ def _is_area(area: Any) -> bool:
 
 def _climbs_out(file_name: str) -> bool:
     path = PurePosixPath(file_name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or file_name[1:2] == ":"
+    return path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", file_name) is not None
 
 
 def _is_int(value: Any) -> bool:

@@ -17,6 +17,8 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: it is something else, or cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise DataError(f"{path}: not read: expected a file")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ in the order that the user gives, of classes.txt, or of the alphabet.
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ from detr.split import Split
 _WORDS = Words("object", "bndbox", first_pixel=1)
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _DIFFICULT = {"0": False, "false": False, "no": False, "unspecified": False, "1": True, "true": True, "yes": True}
+_LISTS = {"train": ("trainval",), "val": ("validation",), "test": ()}  # other names of lists, in any case
 _ANNOTATIONS = ("Annotations", "annotations")
 _IMAGES = ("JPEGImages", "images", "Images")
 
@@ -74,10 +76,9 @@ def _places(root: Path) -> dict[str, _Place]:
         places = {split: place for split, place in reversed(found) if place}
         beside = None if places else _place(root, "")
         return {split: places[split] for split in NAMES if split in places} or ({"train": beside} if beside else {})
-    lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in NAMES}
-    if not lists["train"].is_file():
-        lists["train"] = lists["train"].with_name("trainval.txt")
-    named = {split: file for split, file in lists.items() if file.is_file()}
+    lists = {file.stem.lower(): file for file in sorted((root / "ImageSets" / "Main").glob("*.txt"))}
+    pairs = [(split, lists.get(name)) for split in NAMES for name in reversed((*NAMES[split], *_LISTS[split]))]
+    named = {split: file for split, file in pairs if file}
     folder = whole.xmls[0][1].parent
     return {s: _Place(file, list(_listed(file, folder)), whole.image_dir) for s, file in named.items()} or {
         "train": whole
@@ -97,7 +98,7 @@ def _place(folder: Path, name: str) -> _Place | None:
 def _is_voc(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return b"<annotation" in file.read(4096)
+            return re.search(rb"<annotation[\s>]", file.read(4096)) is not None
     except OSError:
         return False
 
@@ -107,7 +108,7 @@ def _listed(file: Path, folder: Path) -> Iterator[tuple[str, Path]]:
         name = line.strip()
         if name:
             # a list of one class has 1, 0 or -1 after each name
-            names = [name, name.rpartition(" ")[0].strip() or name]
+            names = [name, re.sub(r"\s+-?[01]$", "", name)]
             names += [Path(name).stem] if Path(name).suffix.lower() in SUFFIXES else []
             xmls = [folder / f"{text}.xml" for text in names]
             yield f"{file}: line {number}", next(filter(os.path.isfile, xmls), xmls[0])
@@ -239,7 +240,7 @@ def _size_of(root: Element, path: Path, problems: list[Problem]) -> tuple[int, i
     """(width, height); None where the xml has none, or 0, as some tools write."""
     sides = []
     for name in ("width", "height"):
-        text = (root.findtext(f"size/{name}") or "0").strip()
+        text = (root.findtext(f"size/{name}") or "").strip() or "0"
         value = number_of(text)
         if not value.is_integer() or not 0 <= value < 1e9:
             problems.append(Problem(str(path), "size", "size", name, f"expected an integer, pixels, got {cut(text)}"))
@@ -255,8 +256,12 @@ def _objects(root: Element, path: Path, problems: list[Problem]) -> Iterator[_Ob
         if fault:
             problems.append(Problem(str(path), "object", f"object {number}", *fault))
             continue
-        difficult = _DIFFICULT[(element.findtext("difficult") or "0").strip().lower()]
+        difficult = _DIFFICULT[_difficult(element)]
         yield _Object(number, name, tuple(_corners(box)), difficult)
+
+
+def _difficult(element: Element) -> str:
+    return (element.findtext("difficult") or "").strip().lower() or "0"
 
 
 def _fault(element: Element, name: str, box: Element | None) -> tuple[str, str] | None:
@@ -264,9 +269,8 @@ def _fault(element: Element, name: str, box: Element | None) -> tuple[str, str] 
     for field in ("name", "bndbox", "difficult"):
         if (count := len(element.findall(field))) > 1:
             return field, f"expected one, got {count}"
-    difficult = (element.findtext("difficult") or "0").strip()
-    if difficult.lower() not in _DIFFICULT:
-        return "difficult", f"expected 0 or 1, got {cut(difficult)}"
+    if _difficult(element) not in _DIFFICULT:
+        return "difficult", f"expected 0 or 1, got {cut(_difficult(element))}"
     if not name:
         return "name", "expected a text, got nothing"
     if box is None:

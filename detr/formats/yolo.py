@@ -7,6 +7,7 @@ a text file has no objects.
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,7 @@ from detr.progress import progress
 from detr.split import Split
 
 _WORDS = Words("line")
+_SMALL = re.compile("[0-9]{1,4}")
 _NULL = ("", "~", "null", "Null", "NULL")  # what YAML has for nothing
 _ROUNDING = 1e-6  # how far a number may be outside of [0, 1]
 # corners are rounded to so many decimals of a pixel: what is at the border of the image stays there
@@ -37,9 +39,11 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{cut(key.value)} is there twice", problem_mark=key.start_mark)
-            seen |= {key.value} if isinstance(key.value, str) else set()
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -51,9 +55,10 @@ def find_yolo(root: Path, given: Given) -> Found:
         path, content = root / "classes.txt", _without_yaml(root)
         path = path if "train" in content else None
     keys = {split: next((name for name in NAMES[split] if content.get(name)), None) for split in NAMES}
-    test = content.get("test")
-    if isinstance(test, str) and not any(map(os.path.exists, _places(path, content, test))):
-        warnings.warn(f"{path}: test: left out, for {test} is not there", stacklevel=2)
+    test = content.get("test", [])
+    names = [test] if isinstance(test, str) else test
+    if names and all(isinstance(name, str) and not _found(path, content, name) for name in names):
+        warnings.warn(f"{path}: test: left out, for {names[0]} is not there", stacklevel=2)
         keys["test"] = None  # Roboflow names it whether or not it was exported
     readers = {split: partial(_read, path, content, key) for split, key in keys.items() if key}
     if path and not readers and (root.is_file() or "names" in content):  # else it is of something else
@@ -139,7 +144,7 @@ def _classes(content: dict[str, Any], path: Path) -> dict[int, str]:
 def _keypoints(content: dict[str, Any], path: Path) -> int:
     """How many numbers follow a box, as points of a pose."""
     shape = content.get("kpt_shape", ["0", "0"])
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, str) and n.isdecimal() for n in shape):
+    if not isinstance(shape, list) or len(shape) != 2 or not all(map(_SMALL.fullmatch, map(str, shape))):
         raise DataError(f"{path}: kpt_shape: expected two integers, got {cut(shape)}")
     return int(shape[0]) * int(shape[1])
 
@@ -187,7 +192,7 @@ def _images(path: Path, content: dict[str, Any], key: str, problems: list[Proble
             raise DataError(f"{path}: {key}: expected the name of a folder or of a list of images, got {cut(entry)!r}")
         place = _place(path, content, entry, key, problems)
         for where, image in _of_folder(place) if place.is_dir() else _of_list(place, path, content, problems):
-            name = os.path.abspath(image)
+            name = os.path.join(os.path.realpath(image.parent), image.name)
             if name not in seen:
                 yield image
             else:
@@ -196,17 +201,16 @@ def _images(path: Path, content: dict[str, Any], key: str, problems: list[Proble
             seen.setdefault(name, where)
 
 
-def _bases(path: Path, content: dict[str, Any]) -> tuple[list[Path], bool]:
-    """The folders that names in a yaml start from, and whether these are what it says.
+def _base(path: Path, content: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder that names in a yaml start from, and whether it is what the yaml says.
 
-    They are its `path`, from the folder of the yaml or the working directory; else the folder of the yaml.
+    They start from its `path`, which starts from the folder of the yaml; else from that folder.
     """
     base = content.get("path")
     if base is not None and not isinstance(base, str):
         raise DataError(f"{path}: path: expected the name of a folder, got {cut(base)}")
-    bases = [folder / os.path.expanduser(base) for folder in (path.parent, Path.cwd())] if base else [path.parent]
-    there = list(filter(os.path.exists, bases))
-    return there or [path.parent], bool(there)
+    folder = path.parent / os.path.expanduser(base or "")
+    return (folder, True) if os.path.exists(folder) else (path.parent, False)
 
 
 def _places(path: Path, content: dict[str, Any], entry: str) -> list[Path]:
@@ -214,36 +218,37 @@ def _places(path: Path, content: dict[str, Any], entry: str) -> list[Path]:
     names = [os.path.expanduser(entry), entry.replace("\\", "/")]
     # Roboflow writes ../train/images and means train/images
     names = [*(name.removeprefix("../") for name in names), *names]
-    return [base / name for name in dict.fromkeys(names) for base in _bases(path, content)[0]]
+    return [_base(path, content)[0] / name for name in dict.fromkeys(names)]
+
+
+def _found(path: Path, content: dict[str, Any], entry: str) -> Path | None:
+    """Where it is."""
+    there = next(filter(os.path.exists, _places(path, content, entry)), None)
+    return there or _without_first_folders(entry, [_base(path, content)[0]])
 
 
 def _place(path: Path, content: dict[str, Any], entry: str, key: str, problems: list[Problem]) -> Path:
-    places, (bases, as_said) = _places(path, content, entry), _bases(path, content)
-    found = next(filter(os.path.exists, places), None)
-    literal = [place for place in places if ".." in place.parts and os.path.exists(place)]
-    if found is not None and literal and found not in literal:
-        _warn(
-            problems, path, key, f"{entry} is taken for {found}, although {os.path.normpath(literal[0])} is there too"
-        )
-    if not as_said:
-        _warn(problems, path, "path", f"{content['path']} is not there: names start from {path.parent}")
-    if found is None and (found := _of_another_computer(entry, bases)):
-        _warn(problems, path, key, f"{entry} is not there: {found} is taken")
+    places, (base, as_said), found = _places(path, content, entry), _base(path, content), _found(path, content, entry)
     if found is None:
         looked_for = entry if entry[1:2] == ":" else " or ".join(dict.fromkeys(map(os.path.normpath, places)))
         hint = "; without a line val: a part of the training images is held out" if key in NAMES["val"] else ""
         raise DataError(f"{path}: {key}: no folder or list of images at {looked_for}{hint}")
+    literal = [place for place in places if ".." in place.parts and os.path.exists(place)]
+    if found in places and literal and found not in literal:
+        other = os.path.normpath(literal[0])
+        _warn(problems, path, key, f"{entry} is taken for {found}, although {other} is there too")
+    if found not in places:
+        _warn(problems, path, key, f"{entry} is not there: {found} is taken")
+    if not as_said:
+        _warn(problems, path, "path", f"{content['path']} is not there: names start from {base}")
     return Path(os.path.normpath(found))
 
 
-def _of_another_computer(name: str, bases: list[Path]) -> Path | None:
-    """Where an absolute path of Linux or Windows leads without its first folders: the longest rest that is there."""
-    text = name.replace("\\", "/")
-    if not text.startswith("/") and text[1:2] != ":":
-        return None
-    parts = PurePosixPath(text).parts[1:]
+def _without_first_folders(name: str, bases: list[Path]) -> Path | None:
+    """Where a name leads without its first folders, as on another computer: the longest rest that is there."""
+    parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part != ".."]
     # one name alone would say too little
-    places = (base.joinpath(*parts[i:]) for i in range(len(parts) - 1) for base in bases)
+    places = (base.joinpath(*parts[i:]) for i in range(1, len(parts) - 1) for base in bases)
     return next(filter(os.path.exists, places), None)
 
 
@@ -266,6 +271,7 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if not name.startswith(".")]  # Jupyter's copies, for example
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         images = (Path(parent, name) for name in names if Path(name).suffix.lower() in SUFFIXES)
         found += filter(is_visible_file, images)
@@ -274,13 +280,13 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _of_list(file: Path, path: Path, content: dict[str, Any], problems: list[Problem]) -> Iterator[tuple[str, Path]]:
-    bases = list(dict.fromkeys([file.parent, *_bases(path, content)[0], path.parent]))
+    bases = list(dict.fromkeys([file.parent, _base(path, content)[0], path.parent]))
     for number, line in enumerate(lines(read_text(file)), start=1):
         name = line.strip()
         if not name:
             continue
         places = [base / os.path.expanduser(text) for base in bases for text in (name, name.replace("\\", "/"))]
-        image = next(filter(os.path.isfile, places), None) or _of_another_computer(name, bases)
+        image = next(filter(os.path.isfile, places), None) or _without_first_folders(name, bases)
         if image is None or not os.path.isfile(image):
             message = f"no image at {cut(os.path.normpath(places[0]), 300)}"
             problems.append(Problem(str(file), "image file", f"line {number}", "", message))
