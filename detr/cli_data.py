@@ -72,7 +72,8 @@ def run_conversion(options: argparse.Namespace) -> int:
 def _read_from(dataset: Dataset, splits: dict[str, Split]) -> list[str]:
     """The folders in which new files would be read with the dataset."""
     folders = [dataset.root] if dataset.root.is_dir() else []
+    root = Path(os.path.abspath(dataset.root))
     for folder in {Path(path).parent for split in splits.values() for path in split.images.paths}:
         above = [parent for parent in Path(os.path.abspath(folder)).parents if parent.name == "images"]
-        folders += [folder, *above]
+        folders += [folder, *(parent for parent in above if not root.is_relative_to(parent))]
     return sorted(map(os.path.realpath, folders))

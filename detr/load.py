@@ -157,11 +157,10 @@ def load_to_evaluate(
         raise _not_needed(dataset)
     if hold_out and name not in ("train", "val"):
         raise DataError(f"--val-fraction and --split-seed: expected with --split train or val, got {name}")
-    hold_out = hold_out or ("val" not in dataset.splits and before) or None
-    if name in dataset.splits and not (hold_out and name == "train"):
+    hold_out = hold_out or (None if "val" in dataset.splits else before)
+    whole = name in dataset.splits and not (hold_out and name == "train")
+    if whole or name not in ("train", "val") or "train" not in dataset.splits:
         return load_split(dataset, name, categories, None, reading), ""
-    if name not in ("train", "val") or "train" not in dataset.splits:
-        return load_split(dataset, name, categories, None, reading), ""  # which says what there is
     train, val, said = _hold_out(dataset, load_split(dataset, "train", categories, None, reading), hold_out)
     split = train if name == "train" else val
     raise_or_warn([*check_objects(split, _HINT)])
