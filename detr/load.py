@@ -1,6 +1,7 @@
 """From a folder to its splits: read in whatever format it is, checked, and divided where it has no split `val`."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,9 @@ def load_to_evaluate(
     if whole or name not in ("train", "val") or "train" not in dataset.splits:
         return load_split(dataset, name, categories, None, reading), ""
     train, val, said = _hold_out(dataset, load_split(dataset, "train", categories, None, reading), hold_out)
+    if name == "val" and (hold_out or (VAL_FRACTION, 0)) != before:
+        text = "the run of this checkpoint did not hold out these images: it may have been trained on some of them"
+        warnings.warn(text, stacklevel=2)
     split = train if name == "train" else val
     raise_or_warn([*check_objects(split, _HINT)])
     return split, said

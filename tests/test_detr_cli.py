@@ -237,7 +237,7 @@ def test_evaluation_of_named_files(data, run, capsys):
     assert main([*arguments, "--annotations", "instances_val.json"]) == 0
     assert "triangle" in capsys.readouterr().out
     assert main([*arguments, "--annotations", "other.json"]) == 1
-    assert f"{data}: no json of the split 'mini': looked for other.json\n" in capsys.readouterr().err
+    assert f"{data}: no COCO json of the split 'mini': looked for other.json\n" in capsys.readouterr().err
 
 
 def test_more_objects_than_queries_are_warned_of(data, tmp_path, capsys):

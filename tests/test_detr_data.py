@@ -67,7 +67,7 @@ def test_names_given_by_the_user_win(tmp_path):
     split = load_split(dataset_of({"data": tmp_path, "train_images": tmp_path / "train"}))
     assert (split.source, len(split.images)) == (tmp_path / "instances_train.json", 3)
     for split in ("train", "val"):  # whatever else is there
-        with pytest.raises(DataError, match=rf"no json of the split '{split}': looked for nothing\.json$"):
+        with pytest.raises(DataError, match=rf"no COCO json of the split '{split}': looked for nothing\.json$"):
             dataset_of({"data": tmp_path, f"{split}_json": "nothing.json"})
     # of an unusual split the images alone
     coco_files.write(tmp_path, other, "mini")

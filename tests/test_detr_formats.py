@@ -234,7 +234,9 @@ def test_what_is_held_out_is_told_and_checked(datasets, tmp_path, capsys):
     # it is evaluated on the images that it held out, unless others are asked for
     for more, said in ((["--split-seed", "1"], "0.2 --split-seed 1"), ([], "0.5 --split-seed 7")):
         assert main(["eval", "--data", str(data), "--checkpoint", str(tmp_path / "run"), *more]) == 0
-        assert f"(--val-fraction {said})" in capsys.readouterr().out
+        out, error = capsys.readouterr()
+        assert f"(--val-fraction {said})" in out
+        assert ("did not hold out these images: it may have been trained on some of them" in error) == bool(more)
     # the run remembers, and goes on with the same images
     kept = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["data"]
     assert (kept["val_fraction"], kept["split_seed"]) == (0.5, 7)

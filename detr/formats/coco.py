@@ -43,7 +43,7 @@ def find_coco(root: Path, given: Given) -> Found:
         if found:
             readers[split] = partial(_read, root, name, found, given)
         else:
-            raise DataError(f"{root}: no json of the split {split!r}: looked for {_or(jsons)}")
+            raise DataError(f"{root}: no COCO json of the split {split!r}: looked for {_or(jsons)}")
     return Found(readers, lambda split: _or(path for path, _ in _names(root, split, given)))
 
 
