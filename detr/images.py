@@ -88,7 +88,7 @@ def for_each(function: Callable[[T], U], items: Sequence[T], text: str) -> list[
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
         return list(progress(pool.map(call, items), desc=text, total=len(items), leave=False, delay=2))
 
 

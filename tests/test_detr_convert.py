@@ -80,13 +80,18 @@ def test_what_yolo_has_no_word_for(tmp_path, capsys):
     assert again.content() == before.content() and again.categories == before.categories
 
 
-def test_names_that_share_a_text_file(tmp_path, capsys):
+def as_yolo(root, names):
+    """The content of a json whose images have these names, the split after it was written as YOLO, and before."""
     data = coco_files.content()
-    for image, name in zip(data["images"], ("a.png", "a.bmp", "sub/a.png"), strict=True):
+    for image, name in zip(data["images"], names, strict=True):
         image["file_name"] = name
-    coco_files.write(tmp_path / "coco", data)
-    assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 0
-    found, before = load_split(tmp_path / "yolo"), load_split(tmp_path / "coco")
+    coco_files.write(root / "coco", data)
+    assert convert(root / "coco", root / "yolo", "--to", "yolo") == 0
+    return data, load_split(root / "yolo"), load_split(root / "coco")
+
+
+def test_names_that_share_a_text_file(tmp_path, capsys):
+    data, found, before = as_yolo(tmp_path, ("a.png", "a.bmp", "sub/a.png"))
     assert found.names == ["a.png", "a_2.bmp", "sub/a.png"]
     assert "1 images have other names, by which YOLO finds their boxes" in capsys.readouterr().out
     assert [len(image.labels) for image in found.images] == [2, 1, 0]
@@ -253,12 +258,7 @@ def test_a_split_of_an_earlier_conversion(datasets, tmp_path, capsys):
 
 def test_names_that_yolo_would_not_find(tmp_path):
     """Below a folder images/, where the text files would be looked for elsewhere; and hidden ones."""
-    data = coco_files.content()
-    for image, name in zip(data["images"], ("images/a.png", ".b.png", "x/images/images/c.png"), strict=True):
-        image["file_name"] = name
-    coco_files.write(tmp_path / "coco", data)
-    assert convert(tmp_path / "coco", tmp_path / "yolo", "--to", "yolo") == 0
-    found, before = load_split(tmp_path / "yolo"), load_split(tmp_path / "coco")
+    _, found, before = as_yolo(tmp_path, ("images/a.png", ".b.png", "x/images/images/c.png"))
     assert found.names == ["_.b.png", "images_/a.png", "x/images_/images_/c.png"]
     assert [len(image.labels) for image in found.images] == [1, 2, 0]
     assert found.images[1].boxes.tolist() == before.images[0].boxes[:2].tolist()  # the third is a crowd

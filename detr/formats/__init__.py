@@ -89,12 +89,7 @@ def open_dataset(
         titles = " and ".join(FORMATS[name][0] for name in there)
         raise DataError(f"{root}: files of {titles}: say which with --format {' or '.join(there)}")
     if not there:
-        looked_for = (f"{found[name].looked_for('train')} ({FORMATS[name][0]})" for name in names)
-        there_is = (
-            sorted(path.name for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
-        )
-        got = f"{', '.join(there_is[:_SHOWN])}{', ...' if there_is[_SHOWN:] else ''}" or "nothing"
-        raise DataError(f"{root}: no dataset: looked for {'; '.join(looked_for)}; found {got}")
+        raise _no_dataset(root, {FORMATS[name][0]: found[name].looked_for("train") for name in names})
     [name] = there
     if isinstance(found[name], DataError):
         raise found[name]
@@ -103,3 +98,11 @@ def open_dataset(
     if (given.json or given.images) and name != "coco":
         raise DataError(f"names of json files and image folders: expected with --format coco, got {name}")
     return Dataset(root, name, found[name])
+
+
+def _no_dataset(root: Path, looked_for: dict[str, str]) -> DataError:
+    """What was looked for, by the titles of formats, and what there is instead."""
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else []
+    got = ", ".join(names[:_SHOWN] + ["..."] * (len(names) > _SHOWN)) or "nothing"
+    wanted = "; ".join(f"{text} ({title})" for title, text in looked_for.items())
+    return DataError(f"{root}: no dataset: looked for {wanted}; found {got}")

@@ -211,20 +211,25 @@ def _tidy(data: dict[str, Any]) -> None:
                 del annotation[field]
 
 
+def _check_id(kind: str, entry: str, value: Any, ids: set[Any], file: str) -> Iterator[Problem]:
+    """Whether an id is an integer, and none of `ids`, those before it, to which it is added."""
+    if not _is_int(value):
+        yield Problem(file, kind, entry, "id", f"expected an integer, got {_short(value)}")
+    elif value in ids:
+        yield Problem(file, kind, entry, "id", f"another {kind} has the same id")
+    ids.add(_hashable(value))
+
+
 def _check_categories(data: dict[str, Any], file: str) -> Iterator[Problem]:
     ids, names = set(), set()
     for i, category in enumerate(data["categories"]):
         entry = _name("category", category, i)
         category_id, name = category.get("id"), category.get("name")
-        if not _is_int(category_id):
-            yield Problem(file, "category", entry, "id", f"expected an integer, got {_short(category_id)}")
-        elif category_id in ids:
-            yield Problem(file, "category", entry, "id", "another category has the same id")
+        yield from _check_id("category", entry, category_id, ids, file)
         if not isinstance(name, str) or not name:
             yield Problem(file, "category", entry, "name", f"expected a text, got {_short(name)}")
         elif name in names:
             yield Problem(file, "category", entry, "name", f"another category is called {name!r} too")
-        ids.add(_hashable(category_id))
         names.add(_hashable(name))
 
 
@@ -232,12 +237,8 @@ def _check_image_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
     ids, files = set(), {}
     for i, image in enumerate(data["images"]):
         entry = _name("image", image, i)
-        image_id, file_name = image.get("id"), image.get("file_name")
-        if not _is_int(image_id):
-            yield Problem(file, "image", entry, "id", f"expected an integer, got {_short(image_id)}")
-        elif image_id in ids:
-            yield Problem(file, "image", entry, "id", "another image has the same id")
-        ids.add(_hashable(image_id))
+        file_name = image.get("file_name")
+        yield from _check_id("image", entry, image.get("id"), ids, file)
         for field in ("width", "height"):
             if not _is_int(image.get(field)) or not 1 <= image[field] < _MOST_PIXELS:
                 got = _short(image.get(field))
@@ -256,12 +257,7 @@ def _check_entries(data: dict[str, Any], file: str) -> Iterator[Problem]:
     ids = set()
     for i, annotation in enumerate(data["annotations"]):
         entry = _name("annotation", annotation, i)
-        annotation_id = annotation.get("id")
-        if not _is_int(annotation_id):
-            yield Problem(file, "annotation", entry, "id", f"expected an integer, got {_short(annotation_id)}")
-        elif annotation_id in ids:
-            yield Problem(file, "annotation", entry, "id", "another annotation has the same id")
-        ids.add(_hashable(annotation_id))
+        yield from _check_id("annotation", entry, annotation.get("id"), ids, file)
         for field, known in (("image_id", images), ("category_id", categories)):
             value = annotation.get(field)
             if not _is_int(value):
