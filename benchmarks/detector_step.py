@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,9 +26,11 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from benchmarks.run import environment
-from detr.config import PRESETS, Config, preset
+from detr.config import Config
+from detr.learner import param_groups
 from detr.losses import Criterion
-from detr.model import build_model, param_groups
+from detr.model import build_model
+from detr.presets import PRESETS, preset
 from detr.weights import export_weights
 from msda_triton import MSDeformAttn
 
@@ -57,7 +58,7 @@ class ResNetLikeTimm(nn.Module):
 def our_model(config: Config) -> nn.Module:
     """The same weights at each call."""
     torch.manual_seed(0)
-    return build_model(replace(config, pretrained_backbone=False), len(NAMES)).train()
+    return build_model(config, len(NAMES)).train()
 
 
 def their_model(config: Config) -> nn.Module:

@@ -22,10 +22,11 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from benchmarks.learning import CSV, after_nms, best_thresholds, detections_of_each_object, duplicates, write_row
 from detr.backbone import build_backbone
 from detr.boxes import cxcywh_to_xyxy
-from detr.config import Config, preset
+from detr.config import Config
 from detr.data import DetectionDataset, TrainingStream, make_loader, validation_loader
 from detr.evaluate import coco_metrics
-from detr.load import load_split
+from detr.presets import preset
+from detr.splits import load_split
 from detr.transforms import early, training_transform
 
 LR, MOMENTUM, DECAY = 0.02, 0.9, 1e-4

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
 from detr import backbone
-from detr.config import Config, preset
+from detr.config import Config
 from detr.data import validation_loader
 from detr.evaluate import coco_metrics, detect
-from detr.load import load_split
 from detr.pace import set_pace
+from detr.presets import preset
+from detr.run import Run
 from detr.split import Split
-from detr.trainer import Trainer
+from detr.splits import load_split
 
 CSV = Path(__file__).parent / "results" / "learning.csv"
 COLUMNS = (
@@ -110,21 +111,21 @@ def train(config: Config, folder: Path, minutes: float | None) -> dict[str, floa
     began = time.perf_counter()
     split, val = (load_split(folder, name) for name in ("train", "val"))
     device = torch.device("cpu")
-    trainer = Trainer(config, split, device)
+    run = Run(config, split, device)
     loader = validation_loader(val, config, device)
     if minutes:
-        print(set_pace(trainer, loader, minutes, began), flush=True)
+        print(set_pace(run, loader, minutes, began), flush=True)
     start = time.perf_counter()
-    for batches in trainer.batches():
-        trainer.step(batches)
+    for batches in run.batches():
+        run.step(batches)
     of_steps = time.perf_counter() - start
-    found, _ = detect(trainer.evaluated_model, loader, device)
+    found, _ = detect(run.learner.evaluated_model, loader, device)
     metrics, _ = coco_metrics(val, found)
     part = replace(split, images=split.images[:OF_TRAINING])
-    seen, _ = detect(trainer.evaluated_model, validation_loader(part, config, device), device)
+    seen, _ = detect(run.learner.evaluated_model, validation_loader(part, config, device), device)
     return {
-        "steps": trainer.steps_done,
-        "seconds_per_step": of_steps / trainer.steps_done,
+        "steps": run.steps_done,
+        "seconds_per_step": of_steps / run.steps_done,
         "AP": metrics["AP"],
         "AP50": metrics["AP50"],
         "AP75": metrics["AP75"],

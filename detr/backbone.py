@@ -7,39 +7,34 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr.config import SMALL_BACKBONES, Config
+from detr.config import SMALL_BACKBONES, ModelConfig
+from detr.errors import DownloadError
 
 
 class ResNetBackbone(nn.Module):
-    """torchvision ResNet; stem and layer1 are frozen, as in DETR, and everything is if `config.lr_backbone` is 0.
+    """torchvision ResNet with random weights; stem and layer1 are frozen, as in DETR.
 
     Its parameters are named as in torchvision, below `body`.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        weights = None
-        if config.pretrained_backbone:
-            # the weights DETR started from; torchvision's newer ones were trained differently
-            weights = torchvision.models.get_model_weights(config.backbone).IMAGENET1K_V1
-        try:
-            body = torchvision.models.get_model(
-                config.backbone,
-                weights=weights,
-                replace_stride_with_dilation=[False, False, config.dilation],
-                norm_layer=FrozenBatchNorm2d,
-            )
-        except URLError as error:
-            raise ConnectionError(
-                f"pretrained_backbone: the ImageNet weights of {config.backbone} could not be downloaded "
-                f"({error.reason}); --no-pretrained starts without them, --weights from a file"
-            ) from error
+        body = torchvision.models.get_model(
+            config.backbone,
+            weights=None,
+            replace_stride_with_dilation=[False, False, config.dilation],
+            norm_layer=FrozenBatchNorm2d,
+        )
         stages = (body.layer2, body.layer3, body.layer4)[-config.n_levels :]
         self.channels = [stage[-1].conv2.out_channels * stage[-1].expansion for stage in stages]
         del body.avgpool, body.fc
         for name, parameter in body.named_parameters():
-            parameter.requires_grad_(config.lr_backbone > 0 and name.startswith(("layer2", "layer3", "layer4")))
+            parameter.requires_grad_(name.startswith(("layer2", "layer3", "layer4")))
         self.body = body
+
+    def freeze(self) -> None:
+        """Train nothing of it."""
+        self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features of the last one to three stages of [B, 3, H, W]: strides 8, 16, 32, or with dilation 8, 16, 16."""
@@ -80,9 +75,9 @@ class SmallBackbone(nn.Module):
     computes at a time: of a micro-batch, if batches are accumulated. The running ones are means over all processes.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.frozen = config.lr_backbone == 0
+        self.frozen = False
         widths = (64, 96, 128)
         block = _small if config.backbone == "small" else _tiny
         self.stem = nn.Sequential(*block(3, 16, stride=2), *block(16, 32, stride=2))
@@ -91,11 +86,15 @@ class SmallBackbone(nn.Module):
             for before, width in zip((32, *widths), widths, strict=False)
         )
         self.channels = list(widths[-config.n_levels :])
-        self.requires_grad_(not self.frozen)
-        self.train()  # PyTorch's modules begin in training, and a frozen one must not
+
+    def freeze(self) -> None:
+        """Train nothing of it; its statistics stay as they are."""
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True) -> "SmallBackbone":
-        """As of every module; the statistics of a frozen one stay as they are."""
+        """As of every module; a frozen one stays as it evaluates."""
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -122,6 +121,28 @@ def _conv(before: int, after: int, stride: int) -> nn.Conv2d:
     return conv
 
 
-def build_backbone(config: Config) -> nn.Module:
+def build_backbone(config: ModelConfig) -> nn.Module:
     """The backbone of `config.backbone`; its `channels` has one entry for each feature map it returns."""
     return (SmallBackbone if config.backbone in SMALL_BACKBONES else ResNetBackbone)(config)
+
+
+def load_imagenet(backbone: nn.Module, name: str) -> None:
+    """Give a ResNet the ImageNet weights that DETR started from, downloaded by torchvision; small ones stay random.
+
+    Args:
+        name: `ModelConfig.backbone`.
+
+    Raises:
+        DownloadError: there is no way to the weights.
+    """
+    if name in SMALL_BACKBONES:
+        return
+    try:
+        # torchvision's newer weights were trained differently
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True)
+    except URLError as error:
+        raise DownloadError(
+            f"pretrained_backbone: the ImageNet weights of {name} could not be downloaded ({error.reason}); "
+            "--no-pretrained starts without them, --weights from a file"
+        ) from error
+    backbone.body.load_state_dict({key: tensor for key, tensor in weights.items() if not key.startswith("fc.")})

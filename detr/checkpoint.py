@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from detr.config import Config, short
-from detr.errors import UserError
+from detr.errors import CheckpointError
 from detr.model import DeformableDETR, build_model
-from detr.output import Folder, whole
+from detr.output import WRITTEN_BY, Folder, whole
 
-# of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.trainer)
+# of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.run)
 KEYS = ("config", "class_names", "category_ids", "model")
 # fields of a config that are sizes of a model: none is larger than all its tensors, or there is no such model
 _SIZES = ("d_model", "n_heads", "ffn_dim", "enc_points", "dec_points", "n_queries")
@@ -34,10 +34,6 @@ _DAMAGED = (
     *(MemoryError, RuntimeError, ImportError, pickle.PickleError, struct.error),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
-
-
-class CheckpointError(UserError, ValueError):
-    """A checkpoint that cannot be read or used; the message names the file and the field."""
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -140,6 +136,20 @@ def read(path: Path) -> Any:
         raise CheckpointError(f"{path}: not readable: damaged, or of another program") from None
 
 
+def file_of(place: Path) -> Path:
+    """The file of a checkpoint: of a run's folder best.pt, or until there is one checkpoint.pt."""
+    return next((file for name in ("best.pt", "checkpoint.pt") if (file := place / name).is_file()), place)
+
+
+def written_by(path: Path) -> str | None:
+    """Who a file of weights says wrote it; None for one that says nothing, and for every other file."""
+    try:
+        content = read(path)
+    except CheckpointError:
+        return None
+    return content.get(WRITTEN_BY) if isinstance(content, dict) else None
+
+
 def load(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; its fields in KEYS are what they should be.
 
@@ -176,26 +186,20 @@ def require(content: dict[str, Any], names: Iterable[str], path: Path) -> None:
             raise CheckpointError(f"{path}: {name}: not in the file: only checkpoint.pt can be resumed")
 
 
-def load_model(path: Path, device: torch.device) -> tuple[DeformableDETR, Config, dict[int, str]]:
-    """The model of a checkpoint in evaluation mode, its config, and its classes: raw id -> name, in label order.
+def model_of(content: dict[str, Any], path: Path) -> tuple[DeformableDETR, Config]:
+    """The model in a loaded checkpoint, and its config.
 
     Where the run averaged its weights (`Config.ema`) these are the averaged ones, which its evaluations were of.
 
     Raises:
-        CheckpointError: as `load`, or weights that do not fit the config that is stored with them.
+        CheckpointError: weights that do not fit the config that is stored with them.
     """
-    content = load(path)
-    model, config = model_of(content, path)
-    return model.to(device).eval(), config, classes_of(content)
-
-
-def model_of(content: dict[str, Any], path: Path) -> tuple[DeformableDETR, Config]:
-    """The model in a loaded checkpoint, and its config, see `load_model`."""
     # the attention takes what this machine has, not what the training had
     config = dataclasses.replace(config_of(content, path), backend="auto")
     weights = content.get("ema", content["model"])
     check_sizes(config, weights, len(content["class_names"]), path)
-    model = build_model(dataclasses.replace(config, pretrained_backbone=False), len(content["class_names"]))
+    with torch.random.fork_rng(devices=[]):  # its first weights, which go, are nobody's random numbers
+        model = build_model(config, len(content["class_names"]))
     model.load_state_dict(weights)
     return model, config
 
@@ -213,15 +217,15 @@ def check_sizes(config: Config, weights: dict[str, Tensor], num_classes: int, pa
             raise CheckpointError(f"{path}: config: {name}: {getattr(config, name)} does not fit the weights beside it")
     try:
         with torch.device("meta"):
-            model = build_model(dataclasses.replace(config, pretrained_backbone=False), num_classes)
+            model = build_model(config, num_classes)
     except RuntimeError:  # the bytes of a tensor cannot be counted
         raise CheckpointError(f"{path}: config: its sizes do not fit the weights beside it") from None
     check_weights(model, weights, path)
 
 
-def describe(content: dict[str, Any], model: DeformableDETR) -> str:
-    """What a loaded checkpoint is, in a few lines; `model` is the one in it."""
-    config, names = model.config, content["class_names"]
+def describe(content: dict[str, Any], model: DeformableDETR, config: Config) -> str:
+    """What a loaded checkpoint is, in a few lines; `model` and `config` are those in it."""
+    names = content["class_names"]
     recipe = content["config"].get("recipe", "-")
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     weights = "averaged (EMA)" if content.get("averaged") else "as trained"
@@ -255,10 +259,10 @@ def config_of(content: dict[str, Any], path: Path) -> Config:
     for field in dataclasses.fields(Config):
         if field.name not in content["config"] and field.name not in _ADDED:
             raise CheckpointError(f"{path}: config: {field.name}: not in the file")
-    try:
-        return Config.from_dict(content["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    fault = Config.fault(content["config"])
+    if fault:
+        raise CheckpointError(f"{path}: config: {fault}")
+    return Config(**content["config"])
 
 
 def classes_of(content: dict[str, Any]) -> dict[int, str]:

@@ -11,27 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from detr.config import BATCH, COUNT, FORMATS, MAX_DETS, NODES, PIXELS, PRESETS, SEED, short
-from detr.errors import DataError, UserError
-from detr.flags import (
-    Parser,
-    add_data_flags,
-    add_flags,
-    add_reading_flags,
-    checkpoint_of,
-    hold_out_of,
-    names,
-    number,
-    path,
-    place,
-    reading_of,
-    run_folder_of,
-)
+from detr.arguments import NUMBERS, run_folder_of
+from detr.config import COUNT, FORMATS, MAX_DETS, NODES, SEED
+from detr.errors import DetrError, MissingPackageError
+from detr.flags import Parser, add_data_flags, add_flags, add_reading_flags, fields_of, names, number, path, place
+from detr.packages import check_packages
+from detr.presets import PRESETS
 
 # The commands import what they need by themselves: with PyTorch and its kin `detr --help` would take ten seconds.
 
 EX_SOFTWARE = 70  # of sysexits.h
-_WORKERS = 256  # the most processes that load images
 _DATA = "folder of the dataset (COCO, YOLO or Pascal VOC, exported by Roboflow too), or a data.yaml"
 _IMAGES = 1_000_000  # the most that are drawn for a split
 
@@ -47,6 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # a stream that somebody put there
             stream.reconfigure(errors="backslashreplace")  # no name of a class or file stops a command
     began = time.perf_counter()  # before the libraries are imported
+    if not {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
+        try:
+            check_packages()
+        except MissingPackageError as error:
+            print(f"detr: error: {error}", file=sys.stderr)
+            return 1
     options = _parser().parse_args(arguments)
     options.began = began
     shown, of_threads = warnings.showwarning, threading.excepthook
@@ -57,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         return options.run(options)
-    except (UserError, OSError) as error:
+    except (DetrError, OSError) as error:
         return _complain(options, f"error: {error}", 1)
     except KeyboardInterrupt:
         return _complain(options, "interrupted", 130)
@@ -95,7 +90,7 @@ def _keep_traceback(options: argparse.Namespace) -> str:
     from detr import run_folder
     from detr.output import Folder
 
-    run = run_folder_of(options) if options.command == "train" else None
+    run = run_folder_of(options.out, options.resume) if options.command == "train" else None
     folder = run if run and run.is_dir() and Folder(run, run_folder.BY).knows_any() else None
     for parent in (folder, None):
         with contextlib.suppress(OSError):
@@ -183,11 +178,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_data_flags(evaluation)
     evaluation.add_argument(
-        "--batch-size", type=number(int, 1, BATCH), help="images of one size at once (as in the training)"
+        "--batch-size", type=number(*NUMBERS["batch_size"]), help="images of one size at once (as in the training)"
     )
     evaluation.add_argument(
         "--max-dets",
-        type=number(int, 1, COUNT),
+        type=number(*NUMBERS["max_dets"]),
         default=MAX_DETS,
         metavar="N",
         help="most detections of an image that count, the best ones (%(default)s, as COCO does)",
@@ -208,12 +203,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     prediction.add_argument("--out", type=path, default=Path("runs/predict"), help="folder to write to (%(default)s)")
     prediction.add_argument(
-        "--threshold", type=number(float, 0, 1), default=0.5, help="lowest score to report, 0 to 1 (%(default)s)"
+        "--threshold",
+        type=number(*NUMBERS["threshold"]),
+        default=0.5,
+        help="lowest score to report, 0 to 1 (%(default)s)",
     )
     add_reading_flags(prediction)
     prediction.add_argument(
         "--batch-size",
-        type=number(int, 1, BATCH),
+        type=number(*NUMBERS["batch_size"]),
         default=1,
         help="images of one size at once (%(default)s)",
     )
@@ -248,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=path, required=True, help="file or folder to write")
     export.add_argument(
         "--size",
-        type=number(int, 32, PIXELS),
+        type=number(*NUMBERS["size"]),
         nargs=2,
         metavar=("H", "W"),
         help="of the padded images that an exported model takes, pixels (image_size of the config, twice)",
@@ -276,7 +274,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_device_and_workers(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
     parser.add_argument(
-        "--workers", type=number(int, 0, _WORKERS), help="processes that load images (default: 0 if all fit in memory)"
+        "--workers",
+        type=number(*NUMBERS["workers"]),
+        help="processes that load images (default: 0 if all fit in memory)",
     )
 
 
@@ -303,49 +303,48 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from detr.cli_train import run_training
+    from detr import distributed
+    from detr.devices import device_of
+    from detr.record import StopOnSignal
+    from detr.training import train
 
-    return run_training(options, _device(options))
+    fields = fields_of(options)
+    recipe = fields.pop("recipe", options.recipe)
+    names = ("preset", "out", "minutes", "weights", "resume", "accept_changed_data", "format", "classes", "train_json")
+    names += ("train_images", "val_json", "val_images", "val_fraction", "split_seed", "exif", "large_images", "workers")
+    given = {name: getattr(options, name) for name in (*names, "wandb", "began")}
+    with (
+        distributed.joined(device_of(options.device)) as device,
+        distributed.one_line_for_lost_processes(),
+        contextlib.closing(StopOnSignal()) as stop,
+    ):
+        detector = train(options.data, recipe=recipe, device=device, stop=stop, **given, **fields)
+    return 130 if detector.stopped else 0
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from detr import checkpoint, resume
-    from detr.data import validation_loader
-    from detr.evaluate import evaluate, per_class_table
-    from detr.load import dataset_of, load_to_evaluate
     from detr.output import claim_file, json_of, write_file
 
-    device = _device(options)
     if options.out:
         claim_file(options.out, "detr eval")
-    file = checkpoint_of(options.checkpoint)
-    content = checkpoint.load(file)
-    model, config = checkpoint.model_of(content, file)
-    model, categories = model.to(device).eval(), checkpoint.classes_of(content)
-    flags = vars(options)
-    dataset = dataset_of(flags, {options.split: (options.annotations, options.images)})
-    before = hold_out_of(resume.known(content))
-    split, said = load_to_evaluate(dataset, options.split, categories, reading_of(flags), hold_out_of(flags), before)
-    if said:
-        print(said)
-    val = validation_loader(split, config, device, options.workers, options.batch_size)
-    metrics, table = evaluate(model, val, device, options.max_dets)
+    detector = _detector(options)
+    names = ("split", "annotations", "images", "format", "classes", "val_fraction", "split_seed", "exif")
+    names += ("large_images", "batch_size", "max_dets", "workers")
+    metrics = detector.evaluate(options.data, **{name: getattr(options, name) for name in names})
     if options.out:
         write_file(options.out, json_of(metrics, "detr eval"), "detr eval")
-    print(table, per_class_table(metrics), sep="\n")
+    print(metrics)
     return 0
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from detr import checkpoint
-    from detr.predict import find_images, predict
+    from detr.images import reading_of
+    from detr.predict import find_images, write_predictions
 
-    device = _device(options)
     images = find_images(options.inputs)
-    model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), device)
-    reading = reading_of(vars(options))
-    results, unreadable = predict(
-        model, config, categories, images, options.out, options.threshold, device, options.batch_size, reading
+    detector, reading = _detector(options), reading_of(vars(options))
+    results, unreadable = write_predictions(
+        detector, images, options.out, options.threshold, options.batch_size, reading
     )
     for message in unreadable:
         print(f"warning: {message}", file=sys.stderr)
@@ -357,45 +356,21 @@ def _predict(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from detr.cli_inspect import run_inspection
 
-    return run_inspection(options, _device(options))
+    return run_inspection(options)
 
 
 def _export(options: argparse.Namespace) -> int:
-    import torch
-
-    from detr import checkpoint
-    from detr.export import export_model
-    from detr.weights import export_weights
-
-    model, config, categories = checkpoint.load_model(checkpoint_of(options.checkpoint), torch.device("cpu"))
-    names = list(categories.values())
-    try:
-        if options.to in FORMATS:
-            size = tuple(options.size or (config.image_size, config.image_size))
-            path = export_model(model, options.out, options.to, size, names, options.attention)
-        else:
-            path = export_weights(model, options.out, options.to, names)
-    except ValueError as error:
-        raise checkpoint.CheckpointError(f"{options.checkpoint}: {error}") from None
+    options.device = "cpu"
+    path = _detector(options).export(options.out, options.to, options.size, options.attention)
     print(f"{path}: written")
     return 0
 
 
-def _device(options: argparse.Namespace) -> Any:
-    """The torch.device of --device, or the best there is.
+def _detector(options: argparse.Namespace) -> Any:
+    """The Detector of --checkpoint; a line says which file of a run was taken."""
+    from detr.detector import load
 
-    Raises:
-        DataError: torch has no such device here.
-    """
-    import torch
-
-    here = ["cpu"]
-    for kind in ("cuda", "xpu", "mps"):
-        count = torch.get_device_module(kind).device_count()
-        here += [kind, *(f"{kind}:{i}" for i in range(count))] if count else []
-    name = options.device
-    if name is None:
-        name = "cuda" if "cuda" in here else "cpu"
-    if name not in here:
-        raise DataError(f"--device: expected one of {', '.join(here)}, got {short(name)}")
-    return torch.device(name)
+    detector = load(options.checkpoint, options.device)
+    if detector.path != options.checkpoint:
+        print(f"{options.checkpoint}: a run, of which {detector.path.name} is taken")
+    return detector

@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 from detr.convert import convert
-from detr.errors import DataError
-from detr.flags import hold_out_of, reading_of, scaled_preset
-from detr.load import Dataset, dataset_of, read_part, read_parts
+from detr.errors import ArgumentError, DataError
+from detr.images import reading_of
 from detr.output import claim_file, json_of, write_file
+from detr.presets import scaled_preset
 from detr.problems import by_kind, raise_or_warn
 from detr.split import SPLITS, Split
+from detr.splits import Dataset, dataset_of, hold_out_of, read_part, read_parts
 from detr.summary import summary, summary_table
 
 
@@ -52,7 +53,7 @@ def run_conversion(options: argparse.Namespace) -> int:
     dataset, splits, reading = dataset_of(flags), {}, reading_of(flags)
     unknown = [name for name in options.splits or () if name not in dataset.splits]
     if unknown:
-        raise DataError(f"--splits: expected some of {', '.join(dataset.splits)}, got {unknown[0]}")
+        raise ArgumentError(f"--splits: expected some of {', '.join(dataset.splits)}, got {unknown[0]}")
     for name in sorted(options.splits or dataset.splits, key=lambda name: (*SPLITS, name).index(name)):
         categories = next(iter(splits.values())).categories if splits else None
         part = read_part(dataset, name, categories, reading)

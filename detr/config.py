@@ -1,8 +1,12 @@
-"""One frozen dataclass that says everything about a model and its training, and the presets of the paper's tables."""
+"""Two frozen dataclasses: what a model is, and all of a run; each field with its range or its choices."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+import difflib
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+
+from detr.errors import ArgumentError
 
 RECIPES = ("official", "finetune", "tiny")
 BACKENDS = ("auto", "triton", "torch", "inductor")
@@ -48,22 +52,18 @@ def _one_of(default: str, choices: tuple[str, ...]) -> Any:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Model, loss, data and training of one run. The defaults are Deformable DETR's (arXiv 2010.04159, section 5).
+class ModelConfig:
+    """What a model is, and nothing of how it is trained. Defaults are Deformable DETR's (arXiv 2010.04159, section 5).
 
     Each field declares what it may be: its type, and its range or its choices. A number is never NaN or infinite.
 
     Raises:
-        ValueError: a field is of another type or out of its range, or some do not fit together; the message names it.
+        ArgumentError: a field is of another type or out of its range, or some do not fit together; names the field.
     """
 
-    name: str = "deformable_detr_r50"  # the preset it came from, which `departures` compares it with
-
-    # model
     # one of BACKBONES: torchvision's, or a small one to train from scratch
     backbone: str = _one_of("resnet50", BACKBONES)
     dilation: bool = False  # DC5: the last backbone stage keeps stride 16 and dilates instead
-    pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by the small ones)
     # "deformable" samples points; "global" attends to every pixel: plain DETR
     attention: str = _one_of("deformable", ("deformable", "global"))
     # channels of queries and tokens; a multiple of 32 (the groups of GroupNorm) and of n_heads
@@ -88,13 +88,80 @@ class Config:
     proposal_nms: float = _in(1.0, 0, 1)
     aux_loss: bool = True  # losses on every decoder layer, not only the last; those of noised boxes are on all anyway
     own_level_only: bool = False  # ablation (Table 2): encoder queries sample their own level only
-    # of the deformable attention, see msda_triton.ms_deform_attn; of this run only
+    # of its outputs: "focal" (a sigmoid per class), "varifocal" (the same, which learns the IoU of its box, arXiv
+    # 2008.13367) or "softmax" with one extra class for "no object"
+    class_loss: str = _one_of("focal", ("focal", "varifocal", "softmax"))
+    # how it is computed, on this machine: of the deformable attention, see msda_triton.ms_deform_attn
     backend: str = _one_of("auto", BACKENDS)
+    grad_checkpointing: bool = False  # recompute the transformer's layers in the backward: less memory, more time
+
+    def __post_init__(self) -> None:
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            if type(value) is int and declared.type is float and _fits(declared, value):
+                object.__setattr__(self, declared.name, float(value))  # PyTorch's optimisers tell them apart
+        fault = self.fault({declared.name: getattr(self, declared.name) for declared in dataclasses.fields(self)})
+        if fault:
+            raise ArgumentError(f"config: {fault}")
+
+    @classmethod
+    def fault(cls, values: dict[str, Any]) -> str | None:
+        """What is wrong with the fields of a config, where absent ones have their default; None if nothing is."""
+        known = {declared.name: declared for declared in dataclasses.fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f" (is {near[0]} meant?)" if near else ""
+                return f"unknown field {short(name)}{hint}; known: {', '.join(known)}"
+            if not _fits(known[name], value):
+                return f"{name}: expected {_words(known[name])}, got {short(value)}"
+        return cls._misfit(SimpleNamespace(**{name: each.default for name, each in known.items()} | values))
+
+    @classmethod
+    def _misfit(cls, c: Any) -> str | None:
+        """Where fields, each of which is right by itself, do not fit together."""
+        if c.d_model % 32 or c.d_model % c.n_heads:
+            return f"d_model: expected a multiple of 32 and of n_heads = {c.n_heads}, got {c.d_model}"
+        if c.two_stage and not c.refine:
+            return "two_stage: needs refine = True, got False"
+        if c.dilation and c.backbone not in ("resnet50", "resnet101"):
+            return f"dilation: needs backbone resnet50 or resnet101, got {c.backbone}"
+        if c.attention == "global" and (c.n_levels > 1 or c.refine or c.own_level_only):
+            return 'attention: "global" needs n_levels = 1, refine = False and own_level_only = False'
+        if c.class_loss == "softmax" and c.two_stage:
+            return 'class_loss: two_stage needs "focal" or "varifocal", got "softmax"'
+        return None
+
+    @property
+    def model(self) -> "ModelConfig":
+        """The fields that say what the model is, alone."""
+        return ModelConfig(**{each.name: getattr(self, each.name) for each in dataclasses.fields(ModelConfig)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dict of json types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Inverse of `to_dict`. Fields that are absent take their default.
+
+        Raises:
+            ArgumentError: unknown field, or as the constructor; the message names the field.
+        """
+        fault = cls.fault(values)
+        if fault:
+            raise ArgumentError(f"config: {fault}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """Model, loss, data and training of one run; only what trains or reads images sees all of it."""
+
+    name: str = "deformable_detr_r50"  # the preset it came from, which `departures` compares it with
+    pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by the small backbones)
 
     # loss
-    # "focal" (a sigmoid per class), "varifocal" (the same, which learns the IoU of its box, arXiv 2008.13367) or
-    # "softmax" with one extra class for "no object"
-    class_loss: str = _one_of("focal", ("focal", "varifocal", "softmax"))
     cost_class: float = _in(2.0, 0, 10_000)  # weights of the matching cost
     cost_bbox: float = _in(5.0, 0, 10_000)
     cost_giou: float = _in(2.0, 0, 10_000)
@@ -141,7 +208,6 @@ class Config:
     ema: float = _fraction(0.0)
     # "bf16" or "fp16": autocast of the model; boxes, scores, matching and losses stay float32
     amp: str = _one_of("none", ("none", "bf16", "fp16"))
-    grad_checkpointing: bool = False  # recompute the transformer's layers in the backward: less memory, more time
     compile: bool = False  # torch.compile of the model while training
     # steps in a row whose loss or gradient is not finite, and skipped, before the run ends
     max_nonfinite: int = _in(10, 1, COUNT)
@@ -149,53 +215,16 @@ class Config:
     max_unreadable: int = _in(10, 0, COUNT)
     seed: int = _in(42, 0, SEED)
 
-    def __post_init__(self) -> None:
-        for declared in dataclasses.fields(self):
-            value = getattr(self, declared.name)
-            if not _fits(declared, value):
-                raise ValueError(f"config: {declared.name}: expected {_words(declared)}, got {short(value)}")
-            if isinstance(value, int) and declared.type is float:
-                object.__setattr__(self, declared.name, float(value))  # PyTorch's optimisers tell them apart
-        if self.accumulate and self.batch_size % self.accumulate:
-            raise ValueError(
-                f"config: accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
-            )
-        if self.d_model % 32 or self.d_model % self.n_heads:
-            raise ValueError(
-                f"config: d_model: expected a multiple of 32 and of n_heads = {self.n_heads}, got {self.d_model}"
-            )
-        if self.two_stage and not self.refine:
-            raise ValueError("config: two_stage: needs refine = True, got False")
-        if self.dilation and self.backbone not in ("resnet50", "resnet101"):
-            raise ValueError(f"config: dilation: needs backbone resnet50 or resnet101, got {self.backbone}")
-        if self.attention == "global" and (self.n_levels > 1 or self.refine or self.own_level_only):
-            raise ValueError(
-                'config: attention: "global" needs n_levels = 1, refine = False and own_level_only = False'
-            )
-        if self.class_loss == "softmax" and self.two_stage:
-            raise ValueError('config: class_loss: two_stage needs "focal" or "varifocal", got "softmax"')
+    @classmethod
+    def _misfit(cls, c: Any) -> str | None:
+        if c.accumulate and c.batch_size % c.accumulate:
+            return f"accumulate: expected a divisor of batch_size = {c.batch_size}, got {c.accumulate}"
+        return super()._misfit(c)
 
     def accumulated_batches(self, processes: int) -> int:
         """Batches of each process in an optimiser step: `accumulate`, or if it is 0 enough for 2 images at most."""
         share = max(1, self.batch_size // processes)
         return self.accumulate or next(n for n in range(1, share + 1) if share % n == 0 and share // n <= 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as a dict of json types."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """Inverse of `to_dict`. Fields that are absent take their default.
-
-        Raises:
-            ValueError: unknown field, or as the constructor; the message names the field.
-        """
-        known = [declared.name for declared in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"config: unknown field {short(name)}; known: {', '.join(known)}")
-        return cls(**values)
 
 
 def _fits(declared: dataclasses.Field, value: Any) -> bool:
@@ -223,126 +252,3 @@ def _words(declared: dataclasses.Field) -> str:
     number = "a number" if kind is float else "an integer"
     span = f"from {rule['low']} to {'below ' if 'below' in rule else ''}{rule['high']}"
     return f"{number} {span}{'' if kind in (int, float) else ', or null'}"
-
-
-# For few photographs and some minutes on a CPU, from nothing; docs/learning.md and benchmarks/NOTES.md have what was
-# measured.
-_TINY = Config(
-    name="tiny",
-    backbone="small",
-    pretrained_backbone=False,
-    d_model=64,
-    n_heads=4,
-    ffn_dim=128,
-    enc_layers=1,
-    dec_layers=3,
-    n_levels=3,
-    enc_points=2,
-    dec_points=2,
-    n_queries=50,
-    dropout=0.0,
-    refine=True,
-    two_stage=True,
-    proposal_nms=0.4,
-    denoising=24,
-    class_loss="varifocal",
-    loss_ce=3.0,
-    image_size=160,
-    max_size=320,
-    recipe="tiny",
-    augment="window",
-    shape_groups=True,
-    lr=1e-3,
-    lr_backbone=2e-3,
-    beta2=0.98,
-    batch_size=8,
-    accumulate=1,
-    steps=2000,
-    eval_steps=500,
-    warmup_steps=100,
-    schedule="cosine",
-)
-_DEFORMABLE = Config(name="deformable_detr_r50")
-_PLAIN = Config(
-    name="detr_r50",
-    attention="global",
-    n_levels=1,
-    ffn_dim=2048,
-    n_queries=100,
-    class_loss="softmax",
-    cost_class=1.0,
-    loss_ce=1.0,
-    lr=1e-4,
-    lr_backbone=1e-5,
-    batch_size=16,
-    epochs=500,
-)
-# "DETR-DC5+" of Table 1: focal loss, its weights and 300 queries
-_PLUS = {"n_queries": 300, "class_loss": "focal", "cost_class": 2.0, "loss_ce": 2.0, "epochs": 50}
-
-PRESETS: dict[str, Config] = {
-    config.name: config
-    for config in (
-        _TINY,
-        _DEFORMABLE,
-        replace(_DEFORMABLE, name="deformable_detr_r50_refine", refine=True),
-        replace(_DEFORMABLE, name="deformable_detr_r50_two_stage", refine=True, two_stage=True),
-        replace(_DEFORMABLE, name="deformable_detr_r50_single_scale", n_levels=1),
-        replace(_DEFORMABLE, name="deformable_detr_r50_single_scale_dc5", n_levels=1, dilation=True),
-        _PLAIN,
-        replace(_PLAIN, name="detr_r50_dc5", dilation=True),
-        replace(_PLAIN, name="detr_r50_dc5_plus", dilation=True, **_PLUS),
-    )
-}
-
-
-# what a recipe decides
-RECIPE_FIELDS = (
-    *("augment", "shape_groups", "lr", "lr_backbone", "lr_offsets_mult", "beta2", "weight_decay", "clip_norm"),
-    *("batch_size", "epochs", "steps", "warmup_steps", "schedule", "eval_every", "eval_steps", "ema"),
-)
-
-
-def recipe_fields(recipe: str, preset_name: str) -> dict[str, Any]:
-    """The fields that a recipe sets for a preset.
-
-    "official" is what the preset's row of the paper was trained with (for `tiny`, what Deformable DETR was),
-    from an ImageNet backbone; "finetune" is for weights that were trained on other boxes before; "tiny" is for small
-    models and images, from random weights.
-
-    Raises:
-        ValueError: unknown recipe.
-    """
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {short(recipe)}")
-    source = PRESETS[preset_name]
-    if (source.recipe == "tiny") != (recipe == "tiny"):
-        source = _TINY if recipe == "tiny" else _DEFORMABLE
-    fields = {name: getattr(source, name) for name in RECIPE_FIELDS}
-    if recipe == "finetune":
-        fields |= {"lr": 1e-4, "lr_backbone": 1e-5, "batch_size": 16, "epochs": 24, "steps": None, "ema": 0.999}
-    return fields | {"recipe": recipe}
-
-
-def departures(config: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields in which a config is not as its recipe says, the length of the run apart: name -> (recipe's, config's)."""
-    fields = recipe_fields(config.recipe, config.name) if config.name in PRESETS else {}
-    of_length = ("epochs", "steps", "eval_every", "eval_steps")
-    pairs = {name: (value, getattr(config, name)) for name, value in fields.items() if name not in of_length}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def preset(name: str, recipe: str | None = None, /, **overrides: Any) -> Config:
-    """The named preset with some fields replaced.
-
-    Args:
-        recipe: one of RECIPES, also by its name; None leaves the preset's own.
-
-    Raises:
-        ValueError: unknown preset, recipe or field, or values that do not fit together.
-    """
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {short(name)}")
-    recipe = overrides.pop("recipe", recipe)
-    fields = {} if recipe is None else recipe_fields(recipe, name)
-    return Config.from_dict(PRESETS[name].to_dict() | fields | overrides)

@@ -19,7 +19,7 @@ BY = "detr convert"
 
 
 def convert(splits: dict[str, Split], out: Path, to: str, images: str) -> list[str]:
-    """Write splits to a folder, as `detr.load` then reads them again.
+    """Write splits to a folder, as `detr.splits` then reads them again.
 
     Args:
         splits: name -> split; all with the same classes.

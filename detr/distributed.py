@@ -12,13 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from detr.errors import UserError
+from detr.errors import ProcessError
 
 T = TypeVar("T")
-
-
-class ProcessError(UserError, RuntimeError):
-    """Another process of this run has ended before its time."""
 
 
 # others wait this long while the first process checks data or computes an average precision
@@ -40,6 +36,15 @@ def join(device: torch.device) -> torch.device:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     _objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Within it this process has joined the others, see `join`; nothing is done where it had joined before."""
+    before = dist.is_initialized()
+    yield join(device)
+    if not before:
+        leave()
 
 
 def leave() -> None:

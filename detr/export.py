@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from detr.config import FORMATS, NODES
-from detr.model import DeformableDETR, check_finite
+from detr.devices import find_compiler
+from detr.errors import ArgumentError, MissingPackageError
+from detr.model import DeformableDETR
 from detr.output import WRITTEN_BY, claim_file, write_file
 from msda_triton import MSDeformAttn
 
@@ -24,7 +26,7 @@ BY = "detr export"
 _ABOUT = "detector.json"
 
 
-class Detector(nn.Module):
+class Exported(nn.Module):
     """The last predictions of a model: logits [B, N, K] and boxes [B, N, 4] (cx, cy, w, h) of the unpadded image."""
 
     def __init__(self, model: DeformableDETR):
@@ -47,7 +49,7 @@ def export_model(
     """Write the model for images of one size and any number of them.
 
     Its inputs are `images` [B, 3, H, W] and `mask` [B, H, W] bool as in `DeformableDETR.forward`, its outputs `logits`
-    and `boxes` as in `Detector`. The class names and the size travel in the file as json: metadata `detector` of ONNX,
+    and `boxes` as in `Exported`. The class names and the size travel in the file as json: metadata `detector` of ONNX,
     extra file or metadata `detector.json` of the others.
 
     Args:
@@ -58,40 +60,38 @@ def export_model(
     Returns:
         The path.
     Raises:
-        ValueError: an argument that does not fit, a weight that is no number, or a package that is missing; the message
-            names it.
+        ArgumentError: an argument that does not fit; the message names it. MissingPackageError: names the package.
         OutputError: a file is in the way that `detr export` did not write.
     """
     path = Path(path)
     if to not in FORMATS:
-        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+        raise ArgumentError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     if attention not in NODES:
-        raise ValueError(f"attention: expected one of {', '.join(NODES)}, got {attention!r}")
+        raise ArgumentError(f"attention: expected one of {', '.join(NODES)}, got {attention!r}")
     if attention != "plain" and to != "onnx":
-        raise ValueError(f"attention: {attention!r} is for ONNX only, got to={to!r}")
+        raise ArgumentError(f"attention: {attention!r} is for ONNX only, got to={to!r}")
     if attention != "plain" and model.config.attention != "deformable":
-        raise ValueError(f"attention: {attention!r} needs deformable attention, which plain DETR does not have")
+        raise ArgumentError(f"attention: {attention!r} needs deformable attention, which plain DETR does not have")
     if attention != "plain" and not hasattr(torch.onnx, "ops"):
-        raise ValueError(f"attention: {attention!r} needs torch 2.8 or newer, got {torch.__version__}")
+        raise ArgumentError(f"attention: {attention!r} needs torch 2.8 or newer, got {torch.__version__}")
     suffix = ".onnx" if to == "onnx" else ".pt2"
     if path.suffix != suffix:
-        raise ValueError(f"path: expected a name that ends in {suffix} for to={to!r}, got {path}")
+        raise ArgumentError(f"path: expected a name that ends in {suffix} for to={to!r}, got {path}")
     if min(size) < 32:
-        raise ValueError(f"size: expected at least 32 x 32 pixels, got {size[0]} x {size[1]}")
-    check_finite(model.state_dict())
+        raise ArgumentError(f"size: expected at least 32 x 32 pixels, got {size[0]} x {size[1]}")
     claim_file(path, BY, _writer)
     about = json.dumps({"classes": class_names, "height": size[0], "width": size[1]})
-    detector = Detector(model).eval()
+    exported = Exported(model).eval()
     images, mask = torch.zeros(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool)
     mask[1, :, size[1] // 2 :] = True
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     with torch.no_grad():
         if to == "onnx":
-            content = _onnx(detector, (images, mask), batch, about, attention)
+            content = _onnx(exported, (images, mask), batch, about, attention)
         else:
             if to == "aoti":
                 find_compiler("to: 'aoti'")
-            program = torch.export.export(detector, (images, mask), dynamic_shapes=(batch, batch))
+            program = torch.export.export(exported, (images, mask), dynamic_shapes=(batch, batch))
             content = (_saved if to == "torch-export" else _compiled)(program, {_ABOUT: about, WRITTEN_BY: BY})
     write_file(path, content, BY, _writer)
     return path
@@ -112,26 +112,8 @@ def _compiled(program: torch.export.ExportedProgram, about: dict[str, str]) -> b
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
     except InductorError as error:  # its message goes on with advice for developers of PyTorch
-        raise ValueError(f"to: 'aoti': not compiled: {str(error).splitlines()[0]}") from error
+        raise ArgumentError(f"to: 'aoti': not compiled: {str(error).splitlines()[0]}") from error
     return buffer.getvalue()
-
-
-def find_compiler(what: str) -> None:
-    """Make sure that there is what TorchInductor compiles with for a CPU.
-
-    Args:
-        what: an option that needs it, for the message.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise ValueError(f"{what} needs a C++ compiler (g++, or what CXX names), and found none") from None
 
 
 def _writer(path: Path) -> str | None:
@@ -163,19 +145,21 @@ def _onnx_writer(path: Path) -> str | None:
     return next((entry.value for entry in properties if entry.key == WRITTEN_BY), None)
 
 
-def _onnx(detector, inputs, batch, about: str, attention: str) -> bytes:
+def _onnx(exported, inputs, batch, about: str, attention: str) -> bytes:
     try:
         import onnxscript  # noqa: F401
     except ImportError:
-        raise ValueError("to: 'onnx' needs the packages onnx and onnxscript (pip install onnx onnxscript)") from None
+        raise MissingPackageError(
+            "to: 'onnx' needs the packages onnx and onnxscript (pip install onnx onnxscript)"
+        ) from None
     if attention != "plain":
-        detector = copy.deepcopy(detector)
-        for module in detector.modules():
+        exported = copy.deepcopy(exported)
+        for module in exported.modules():
             if type(module) is MSDeformAttn:
                 module.__class__ = {"tensorrt": _TensorRTAttention, "mmdeploy": _MMDeployAttention}[attention]
     with _quiet():
         program = torch.onnx.export(
-            detector,
+            exported,
             inputs,
             input_names=["images", "mask"],
             output_names=["logits", "boxes"],

@@ -1,30 +1,16 @@
-"""Kinds of arguments of the commands, the flags of `train`, and the config that they make. Imports no PyTorch."""
+"""Kinds of arguments of the commands, and the flags of `train`. Imports no PyTorch."""
 
 import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from detr.config import (
-    BACKENDS,
-    DATA_FORMATS,
-    MAX_PIXELS,
-    PRESETS,
-    RECIPE_FIELDS,
-    RECIPES,
-    SEED,
-    VAL_FRACTION,
-    Config,
-    preset,
-    short,
-)
-from detr.errors import DataError
-
-if TYPE_CHECKING:
-    from detr.images import Reading
+from detr.arguments import CHOICES, NUMBERS
+from detr.config import BACKENDS, MAX_PIXELS, RECIPES, Config, short
+from detr.errors import ArgumentError
+from detr.presets import PRESETS, RECIPE_FIELDS
 
 # flags that replace a field of the preset: type or choices, text
 CONFIG_FLAGS = {
@@ -97,14 +83,6 @@ def names(text: str) -> list[str]:
     return found
 
 
-def checkpoint_of(place: Path) -> Path:
-    """The file of a checkpoint: of a run's folder best.pt, or until there is one checkpoint.pt; a line says which."""
-    found = next((file for name in ("best.pt", "checkpoint.pt") if (file := place / name).is_file()), place)
-    if found != place:
-        print(f"{place}: a run, of which {found.name} is taken")
-    return found
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `train`, those of the data and the device apart."""
     parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help=f"model: {', '.join(PRESETS)} (tiny)")
@@ -135,7 +113,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-pretrained", action="store_true", help="start the backbone from random weights")
     parser.add_argument(
         "--minutes",
-        type=number(float, 0.01, 1_000_000),
+        type=number(*NUMBERS["minutes"]),
         metavar="M",
         help="train for so long, evaluations included: the number of steps is chosen after a short trial",
     )
@@ -163,65 +141,33 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def run_folder_of(options: argparse.Namespace) -> Path:
-    """The folder that `detr train` with these flags writes to."""
-    if options.resume is None:
-        return options.out or Path("runs/train")
-    is_file = options.resume.name == "checkpoint.pt" and not options.resume.is_dir()
-    return options.resume.parent if is_file else options.resume
-
-
-def new_config(options: argparse.Namespace) -> Config:
-    """The config of a new run.
+def fields_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the config that the flags of `train` name, and "recipe" if --set does.
 
     Raises:
-        DataError: a flag has a value that its field does not take; the message names the field.
+        ArgumentError: --set names no field.
     """
-    names = (*CONFIG_FLAGS, *SWITCHES)
-    overrides = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    fields = {name: getattr(options, name) for name in (*CONFIG_FLAGS, *SWITCHES) if hasattr(options, name)}
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals:
-            raise DataError(f"--set: expected FIELD=VALUE, got {short(text)}")
+            raise ArgumentError(f"--set: expected FIELD=VALUE, got {short(text)}")
         try:
-            overrides[name] = json.loads(value)
+            fields[name] = json.loads(value)
         except (ValueError, RecursionError):
-            overrides[name] = value
-    if options.minutes:
-        given = next((name for name in ("steps", "epochs") if name in overrides), None)
-        if given:
-            raise DataError(f"--minutes: expected without {given}, which also says how long the run is")
+            fields[name] = value
+        if name not in Config.__dataclass_fields__:
+            raise ArgumentError(f"config: {Config.fault({name: None})}")
     if options.no_pretrained:
-        overrides["pretrained_backbone"] = False
-    if "epochs" in overrides:
-        overrides.setdefault("steps", None)
-    recipe = overrides.pop("recipe", options.recipe)  # a recipe is more than its name, however it is chosen
-    return scaled_preset(options.preset or "tiny", recipe, **overrides)
-
-
-def scaled_preset(name: str, recipe: str | None, /, **overrides: Any) -> Config:
-    """`preset`, where the backbone's rate follows lr and max_size follows image_size.
-
-    Raises:
-        DataError: as `preset`.
-    """
-    try:
-        base, config = preset(name, recipe), preset(name, recipe, **overrides)
-        follow = {}
-        if "lr" in overrides and "lr_backbone" not in overrides:
-            follow["lr_backbone"] = base.lr_backbone * config.lr / base.lr
-        if "image_size" in overrides and "max_size" not in overrides:
-            follow["max_size"] = round(base.max_size * config.image_size / base.image_size)
-        return replace(config, **follow)
-    except ValueError as error:
-        raise DataError(str(error)) from None
+        fields["pretrained_backbone"] = False
+    return fields
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how image files are read: see `reading_of`."""
+    """The flags that say how image files are read: see `detr.images.reading_of`."""
     parser.add_argument(
         "--exif",
-        choices=("turn", "ignore"),
+        choices=CHOICES["exif"],
         help="turn pixels as their EXIF orientation says, where width and height of the json do not say that the boxes "
         "are of the stored ones; or ignore it: pixels as they are stored (turn)",
     )
@@ -240,7 +186,7 @@ def add_data_flags(parser: argparse.ArgumentParser, divided: bool = True) -> Non
         divided: also those that hold images out for a dataset without a split `val`.
     """
     parser.add_argument(
-        "--format", choices=DATA_FORMATS, help="of the dataset, where its folder could be of several (found out)"
+        "--format", choices=CHOICES["format"], help="of the dataset, where its folder could be of several (found out)"
     )
     parser.add_argument(
         "--classes",
@@ -251,22 +197,11 @@ def add_data_flags(parser: argparse.ArgumentParser, divided: bool = True) -> Non
     if divided:
         parser.add_argument(
             "--val-fraction",
-            type=number(float, 0.001, 0.999),
+            type=number(*NUMBERS["val_fraction"]),
             metavar="F",
             help="of the training images, held out where the dataset has no split val (0.2)",
         )
-        parser.add_argument("--split-seed", type=number(int, 0, SEED), metavar="N", help="which images these are (0)")
+        parser.add_argument(
+            "--split-seed", type=number(*NUMBERS["split_seed"]), metavar="N", help="which images these are (0)"
+        )
     add_reading_flags(parser)
-
-
-def hold_out_of(flags: dict[str, Any]) -> tuple[float, int] | None:
-    """(fraction, seed) of images held out for validation, from the values of `add_data_flags`; None if not given."""
-    fraction, seed = flags.get("val_fraction"), flags.get("split_seed")
-    return None if fraction is None and seed is None else (fraction or VAL_FRACTION, seed or 0)
-
-
-def reading_of(flags: dict[str, Any]) -> "Reading":
-    """How image files are read, from the values of `add_reading_flags`, which may be absent."""
-    from detr.images import Reading
-
-    return Reading(flags.get("exif") or "turn", bool(flags.get("large_images")))

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
-from detr.config import MAX_PIXELS
+from detr.config import MAX_PIXELS, short
 from detr.errors import DataError
 from detr.labels import draw_labels
 from detr.progress import progress
@@ -28,6 +28,9 @@ SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # Pillow's warning would be a second line beside the error of `_open`
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# keys of what Pillow knows of an image, in which it finds an orientation
+_EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 # said of images by `detr check-data`, `train`, `eval` and `predict`
 DEEP = "grey of 16 or 32 bits: each such image is mapped from its 0.5 and 99.5 percentile to 0..255"
@@ -53,6 +56,11 @@ class Reading:
 
 
 DEFAULT_READING = Reading()
+
+
+def reading_of(flags: dict[str, Any]) -> Reading:
+    """How image files are read, from "exif" and "large_images", which may be absent or None."""
+    return Reading(flags.get("exif") or "turn", bool(flags.get("large_images")))
 
 
 @dataclass(frozen=True)
@@ -108,16 +116,83 @@ def read_image(path: Path, size: tuple[int, int] | None = None, reading: Reading
         DataError: the file is missing, truncated, no image, too large, or of another size.
     """
     with _open(path, reading) as image:
-        header = _header(image, size, reading)
-        image.filename = ""  # else Pillow 13 maps an uncompressed TIFF by its turned size, and scrambles it
-        image.load()
-        # Pillow turns a TIFF when it loads it, and takes the orientation away
-        turned = header.orientation != _orientation(image)
-        rgb = _to_rgb(image)
-        if turned == header.turn:
-            return rgb
-        back = {6: 8, 8: 6} if turned else {}
-        return rgb.transpose(_TURNS[back.get(header.orientation, header.orientation)])
+        return _decode(image, size, reading)
+
+
+def _decode(image: Image.Image, size: tuple[int, int] | None, reading: Reading) -> Image.Image:
+    header = _header(image, size, reading)
+    # with its name Pillow 13 maps an uncompressed TIFF by its turned size, and scrambles it
+    filename, image.filename = getattr(image, "filename", ""), ""
+    image.load()
+    image.filename = filename
+    # Pillow turns a TIFF when it loads it, and takes the orientation away
+    turned = header.orientation != _orientation(image)
+    rgb = _to_rgb(image)
+    for name in _EXIF:  # who looks at it again must not turn it again
+        rgb.info.pop(name, None)
+    if turned == header.turn:
+        return rgb
+    back = {6: 8, 8: 6} if turned else {}
+    return rgb.transpose(_TURNS[back.get(header.orientation, header.orientation)])
+
+
+def as_picture(image: Any, name: str, reading: Reading = DEFAULT_READING) -> Image.Image:
+    """An image of any kind that `Detector.predict` takes, as 8-bit RGB.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        DataError: it is none of these kinds, or cannot be read; names what was expected and what came.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            return read_image(Path(image), None, reading)
+        except DataError as error:
+            raise DataError(f"{image}: {error}") from None
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise DataError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
+        try:
+            return _decode(image, None, reading)
+        except _DAMAGED as error:
+            raise DataError(f"{name}: not a readable image: {error}") from None
+    if isinstance(image, np.ndarray):
+        return _of_numbers(image, f"{name}: expected a uint8 array [H, W, 3], red, green and blue", last=True)
+    if isinstance(image, Tensor):
+        expected = f"{name}: expected a tensor [3, H, W] of uint8 or of floats from 0 to 1"
+        return _of_numbers(_to_bytes(image, expected), expected, last=False)
+    expected = "a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W]"
+    raise DataError(f"{name}: expected {expected}, got {short(image)}")
+
+
+def _to_bytes(image: Tensor, expected: str) -> np.ndarray:
+    """A tensor's numbers as they are, or those from 0 to 1 as 0 to 255."""
+    image = image.detach().cpu()
+    if image.is_floating_point() and image.numel():
+        low, high = image.min().item(), image.max().item()
+        if not 0 <= low <= high <= 1:
+            raise DataError(f"{expected}, got numbers from {low:g} to {high:g}: images are not normalised")
+        image = (image.double() * 255).round().byte()
+    return image.numpy() if image.dtype != torch.bfloat16 else image.float().numpy()
+
+
+def _of_numbers(image: np.ndarray, expected: str, last: bool) -> Image.Image:
+    """uint8 numbers of a colour image, grey or with transparency too; channels come last or first."""
+    channels, others = (-1, 0) if last else (0, -1)
+    if image.dtype != np.uint8:
+        raise DataError(f"{expected}, got {image.dtype} of shape {list(image.shape)}")
+    if image.ndim == 2:
+        image = np.expand_dims(image, channels)
+    if image.ndim != 3 or image.shape[channels] not in (1, 3, 4) or 0 in image.shape:
+        hint = ""
+        if image.ndim == 3 and image.shape[others] in (1, 3, 4):
+            hint = ": channels come last in an array" if last else ": channels come first in a tensor"
+        elif image.ndim == 4:
+            hint = ": several images are a list"
+        raise DataError(f"{expected}, got shape {list(image.shape)}{hint}")
+    image = image if last else np.moveaxis(image, 0, -1)
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image)).convert("RGB")
 
 
 @contextlib.contextmanager

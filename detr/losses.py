@@ -18,11 +18,20 @@ class Criterion:
     """Loss of a model's outputs. Every decoder layer, and the first stage, is matched to the objects on its own.
 
     Shapes as in `detr.matcher`. Computed in float32 whatever the autocast state.
+
+    `names` are its terms, which follow from the config alone: loss_ce, loss_bbox and loss_giou of the last layer; with
+    a suffix _0, _1, ... those of the layers before, with _enc those of the proposals, and with _dn the sums over all
+    layers of loss_bbox and loss_giou of noised boxes, which have no loss_ce.
     """
 
     def __init__(self, config: Config, num_classes: int):
         self.config, self.num_classes = config, num_classes
         self.matcher = Matcher()
+        self.denoising = config.two_stage and config.denoising > 0
+        layers = [f"_{l}" for l in range(config.dec_layers - 1)] if config.aux_loss else []
+        suffixes = [*layers, "", *(["_enc"] if config.two_stage else [])]
+        self.names = [name + suffix for name in NAMES for suffix in suffixes]
+        self.names += ["loss_bbox_dn", "loss_giou_dn"] if self.denoising else []
 
     def counts(self, targets: list[dict], n_queries: int) -> Tensor:
         """What the losses of a batch are divided by, [2] on the CPU: its objects, and the class weights of its queries.
@@ -46,9 +55,8 @@ class Criterion:
             counts: divides the sums over boxes, and for softmax those over queries. None takes `counts` of this batch;
                 where gradients are added up over batches or averaged over processes, give the sum or mean of theirs.
         Returns:
-            The total, and its terms without gradient: loss_ce, loss_bbox and loss_giou of the last layer; with a suffix
-            _0, _1, ... those of the layers before, with _enc those of the proposals, and with _dn the sums over
-            all layers of loss_bbox and loss_giou of noised boxes, which have no loss_ce.
+            The total, and its terms without gradient, in the order of `names`; those of noised boxes are zero where the
+            model was given none.
         """
         if counts is None:
             counts = at_least_one(self.counts(targets, outputs["boxes"].shape[1]))
@@ -58,11 +66,8 @@ class Criterion:
         # padding never matches; boxes of ones keep its costs finite
         boxes = pad_sequence([target["boxes"].float() for target in targets], batch_first=True, padding_value=1.0)
 
-        layers = [*outputs["aux"], outputs]
-        suffixes = [f"_{l}" for l in range(len(layers) - 1)] + [""]
-        groups = [(_stack(layers), labels)]
-        if "proposals" in outputs:
-            suffixes.append("_enc")
+        groups = [(_stack([*outputs["aux"], outputs]), labels)]
+        if self.config.two_stage:
             groups.append((_stack([outputs["proposals"]]), torch.zeros_like(labels)))  # the first stage has one class
 
         with torch.autocast(outputs["boxes"].device.type, enabled=False):
@@ -74,11 +79,11 @@ class Criterion:
                 for (prediction, labels), match in zip(groups, matches, strict=True)
             ]
             terms = torch.cat(terms, 1).flatten()  # [3 * R of all groups]
-            names = [name + suffix for name in NAMES for suffix in suffixes]
-            if "denoised" in outputs:
-                terms = torch.cat([terms, self._denoising_terms(outputs["denoised"], targets, counts)])
-                names += ["loss_bbox_dn", "loss_giou_dn"]
-        return terms.sum(), dict(zip(names, terms.detach().unbind(), strict=True))
+            if self.denoising:
+                given = "denoised" in outputs
+                more = self._denoising_terms(outputs["denoised"], targets, counts) if given else terms.new_zeros(2)
+                terms = torch.cat([terms, more])
+        return terms.sum(), dict(zip(self.names, terms.detach().unbind(), strict=True))
 
     def _terms(
         self,

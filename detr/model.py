@@ -1,4 +1,4 @@
-"""The detector: backbone, projections, transformer and heads, and the groups of its parameters for the optimiser."""
+"""The model: backbone, projections, transformer and heads."""
 
 import copy
 import math
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from detr.backbone import build_backbone
-from detr.config import Config
+from detr.config import ModelConfig
+from detr.errors import ArgumentError
 from detr.transformer import Transformer, in_float32, unseen_by_each_other
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # a class score starts at 0.01 (focal loss, arXiv 1708.02002, section 3.3)
@@ -40,10 +41,10 @@ class DeformableDETR(nn.Module):
     box refinement all entries are one module, as in the original and its checkpoints.
     """
 
-    def __init__(self, config: Config, num_classes: int):
+    def __init__(self, config: ModelConfig, num_classes: int):
         super().__init__()
         if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+            raise ArgumentError(f"num_classes: expected at least 1, got {num_classes}")
         self.config, self.num_classes = config, num_classes
         C = config.d_model
         self.backbone = build_backbone(config)
@@ -122,7 +123,7 @@ class DeformableDETR(nn.Module):
         return levels
 
 
-def _projections(channels: list[int], config: Config) -> list[nn.Module]:
+def _projections(channels: list[int], config: ModelConfig) -> list[nn.Module]:
     C = config.d_model
     if config.attention == "global":
         return [nn.Sequential(nn.Conv2d(channels[-1], C, 1))]
@@ -136,35 +137,15 @@ def _projections(channels: list[int], config: Config) -> list[nn.Module]:
     return projections
 
 
-def build_model(config: Config, num_classes: int) -> DeformableDETR:
-    """The model of `config` with the original's initialisation, for classes 0 .. num_classes - 1."""
-    return DeformableDETR(config, num_classes)
+def build_model(config: ModelConfig, num_classes: int) -> DeformableDETR:
+    """The model of `config` with the original's initialisation, for classes 0 .. num_classes - 1.
 
-
-def check_finite(weights: dict[str, Tensor]) -> None:
-    """Make sure that weights are numbers.
-
-    Raises:
-        ValueError: one is NaN or infinite; names its tensor.
+    Of a `Config` it sees the fields of a `ModelConfig` only.
     """
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity: the weights are of no use")
+    return DeformableDETR(config.model, num_classes)
 
 
-def param_groups(model: nn.Module, config: Config) -> list[dict]:
-    """Parameter groups for AdamW: the backbone, the sampling offsets and reference points, and everything else."""
-    groups = {name: [] for name in ("rest", "backbone", "offsets")}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if "backbone." in name:
-            groups["backbone"].append(parameter)
-        elif "sampling_offsets" in name or "reference_points" in name:
-            groups["offsets"].append(parameter)
-        else:
-            groups["rest"].append(parameter)
-    rates = {"rest": config.lr, "backbone": config.lr_backbone, "offsets": config.lr * config.lr_offsets_mult}
-    return [
-        {"name": name, "params": parameters, "lr": rates[name]} for name, parameters in groups.items() if parameters
-    ]
+def first_not_finite(weights: dict[str, Tensor]) -> str | None:
+    """What is wrong with weights that are NaN or infinite: a sentence that names the first such tensor, or None."""
+    name = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    return name and f"{name}: expected finite numbers, got NaN or infinity: the weights are of no use"

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from detr.errors import UserError
+from detr.errors import OutputError
 
 MANIFEST = ".detr-files.jsonl"  # a line for each file: its name in the folder, the sha256 of its bytes, the command
 MARKED = (".png", ".jpg", ".jpeg", ".webp")  # pictures that can say who wrote them
@@ -27,10 +27,6 @@ WRITTEN_BY = "written_by"  # the key of a json object, or of a text chunk of a P
 _TEMPORARY = ".detr-{name}-{pid}-{count}.tmp"
 _EXIF_SOFTWARE = 0x0131
 _count = itertools.count()
-
-
-class OutputError(UserError):
-    """A file that cannot be written, or must not be; the message names it and says why."""
 
 
 class _Sink:

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from detr import distributed
 from detr.config import COUNT
+from detr.errors import TrainingError
 from detr.evaluate import coco_metrics, detect
-from detr.trainer import Trainer, TrainingError
+from detr.run import Run
 from detr.transforms import early
 
 _TRIAL = 0.04  # share of the time for the trial of steps, and again for that of an evaluation
@@ -24,33 +25,33 @@ _WARM_UP = 3  # first steps, which allocate and compile: not timed
 _STEPS = 50  # of a trial, at most
 
 
-def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) -> str:
-    """Give `trainer` the most steps with which its run ends `minutes` after `began`; a sentence on what was measured.
+def set_pace(run: Run, val: DataLoader, minutes: float, began: float) -> str:
+    """Give `run` the most steps with which it ends `minutes` after `began`; a sentence on what was measured.
 
     It tries some steps and is then as it was before: a run of as many steps from the start is the same, bit for bit.
     All processes step together, and take what the main one measures.
 
     Args:
-        val: as in `detr.engine.train`. began: `time.perf_counter()` at the start of the command.
+        val: as in `detr.run.Run.train`. began: `time.perf_counter()` at the start of the command.
 
     Raises:
         TrainingError: not even one step with its evaluation fits.
     """
     seconds = 60 * minutes
-    before = copy.deepcopy(trainer.state())
-    trainer.set_steps(COUNT)
+    before = copy.deepcopy(run.state())
+    run.set_steps(COUNT)
     # past the first passes over the images, whose augmentation takes less time
-    trainer.steps_done = -(-early(trainer.config)[1] * len(trainer.dataset) // trainer.config.batch_size)
+    run.steps_done = -(-early(run.config)[1] * len(run.dataset) // run.config.batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is said again in the run
         try:
-            of_step = _time_steps(trainer, _TRIAL * seconds)
+            of_step = _time_steps(run, _TRIAL * seconds)
         except TrainingError as error:  # it names a step of the trial
             raise TrainingError(f"minutes: while steps were tried: {error}") from None
-        of_evaluation = _time_evaluation(trainer, val, _TRIAL * seconds)
-    trainer.load_state(before, Path("the start"))
+        of_evaluation = _time_evaluation(run, val, _TRIAL * seconds)
+    run.load_state(before, Path("the start"))
     left = seconds * (1 - _RESERVE) - (time.perf_counter() - began)
-    steps = most_steps(trainer, left, of_step, of_evaluation)
+    steps = most_steps(run, left, of_step, of_evaluation)
     steps, of_step, of_evaluation, left = distributed.from_main(lambda: (steps, of_step, of_evaluation, left))
     rates = f"a step takes {of_step:.3g} s and an evaluation {of_evaluation:.3g} s"
     if not steps:
@@ -60,36 +61,36 @@ def set_pace(trainer: Trainer, val: DataLoader, minutes: float, began: float) ->
         raise TrainingError(
             f"minutes: {rates}: expected at least {math.ceil(least / digit) * digit:.2g}, got {minutes:g}"
         )
-    trainer.set_steps(steps)
+    run.set_steps(steps)
     return f"{minutes:g} minutes: {rates}: {steps} steps (--steps {steps} repeats this run)"
 
 
-def most_steps(trainer: Trainer, seconds: float, of_step: float, of_evaluation: float) -> int:
+def most_steps(run: Run, seconds: float, of_step: float, of_evaluation: float) -> int:
     """The most steps that fit into `seconds` together with the evaluations that are due among them."""
 
     def together(steps: int) -> float:
-        return steps * of_step + evaluations_within(trainer, steps) * of_evaluation
+        return steps * of_step + evaluations_within(run, steps) * of_evaluation
 
     return bisect.bisect_right(range(1, COUNT), seconds, key=together)
 
 
-def evaluations_within(trainer: Trainer, steps: int) -> int:
-    """The evaluations of a run of so many steps: those of `detr.engine.evaluation_is_due`, and the last one."""
-    config = trainer.config
+def evaluations_within(run: Run, steps: int) -> int:
+    """The evaluations of a run of so many steps: those of `Run.evaluation_is_due`, and the last one."""
+    config = run.config
     if config.eval_steps:
         return -(-steps // config.eval_steps)
-    every = config.eval_every * len(trainer.dataset)
+    every = config.eval_every * len(run.dataset)
     if config.batch_size >= every:  # after each step
         return steps
     passed, before = (n * config.batch_size // every for n in (steps, steps - 1))
     return passed + (passed == before)
 
 
-def _time_steps(trainer: Trainer, budget: float) -> float:
+def _time_steps(run: Run, budget: float) -> float:
     """Seconds of a step, the first ones left out."""
     times = [time.perf_counter()]
-    for batches in trainer.batches():
-        trainer.step(batches)
+    for batches in run.batches():
+        run.step(batches)
         times.append(time.perf_counter())
         enough = len(times) > _STEPS or times[-1] - times[0] > budget
         if distributed.from_main(lambda enough=enough: enough):
@@ -98,12 +99,12 @@ def _time_steps(trainer: Trainer, budget: float) -> float:
     return (times[-1] - times[warm]) / (len(times) - 1 - warm)
 
 
-def _time_evaluation(trainer: Trainer, val: DataLoader, budget: float) -> float:
+def _time_evaluation(run: Run, val: DataLoader, budget: float) -> float:
     """Seconds of an evaluation: of a batch, then of as many as there is time for, and in proportion."""
 
     def seconds(batches: int) -> float:
         start = time.perf_counter()
-        found, _ = detect(trainer.evaluated_model, itertools.islice(val, batches), trainer.device)
+        found, _ = detect(run.learner.evaluated_model, itertools.islice(val, batches), run.device)
         coco_metrics(val.dataset.split, found)
         return (time.perf_counter() - start) * len(val) / max(1, min(batches, len(val)))
 

@@ -4,11 +4,7 @@ import torch
 from torch import Tensor
 
 from detr.boxes import cxcywh_to_xyxy
-from detr.errors import UserError
-
-
-class NotFiniteError(UserError, ValueError):
-    """The outputs of a model are not numbers."""
+from detr.errors import NotFiniteError
 
 
 def postprocess(outputs: dict, orig_sizes: Tensor, top_k: int | None = None) -> list[dict[str, Tensor]]:

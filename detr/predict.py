@@ -5,34 +5,19 @@ import glob
 import json
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from detr import run_folder
-from detr.config import Config
-from detr.data import collate
-from detr.errors import DataError
-from detr.images import (
-    DEEP,
-    DEFAULT_READING,
-    SUFFIXES,
-    Reading,
-    draw_boxes,
-    read_header,
-    read_image,
-    to_tensor,
-)
-from detr.labels import drawable_names
-from detr.output import Folder, OutputError, Written, picture_of
-from detr.postprocess import postprocess
+from detr.detections import Detections
+from detr.detector import Detector
+from detr.errors import DataError, OutputError
+from detr.images import DEEP, DEFAULT_READING, SUFFIXES, Reading, read_header, read_image
+from detr.output import Folder, Written, picture_of
 from detr.progress import progress
-from detr.transforms import evaluation_transform, resize
 
 BY = "detr predict"
 RESULTS = "predictions.json"
@@ -124,35 +109,23 @@ def _name(line: bytes, folder: str) -> str:
     return names[-1]
 
 
-def load_pixels(picture: Image.Image, config: Config) -> Tensor:
-    """The image [3, H, W] that the model of `config` sees."""
-    pixels = resize(to_tensor(picture), config.image_size, config.max_size)
-    return evaluation_transform()(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))[0]
-
-
-def predict(
-    model: nn.Module,
-    config: Config,
-    categories: dict[int, str],
+def write_predictions(
+    detector: Detector,
     images: list[tuple[Path, Path]],
     out: Path,
-    threshold: float,
-    device: torch.device,
+    threshold: float | None = None,
     batch_size: int = 1,
     reading: Reading = DEFAULT_READING,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Write `out`/predictions.json with the detections of all images, then `out`/<picture with boxes> for each.
 
     Args:
-        categories: raw id -> name, in the order of labels. images: as from `find_images`.
-        threshold: score in [0, 1] below which detections are left out.
-        batch_size: most images that the model gets at a time. They are of one size in the model, so that none is padded
-            and none changes the detections of another.
+        images: as from `find_images`. threshold, batch_size: as of `Detector.predict`.
 
     Returns:
-        The content of the json: for each image file, width, height and detections (category_id, name, score, bbox as
-        x, y, width, height in pixels), best first, as many as the model has queries at most. And one message for each
-        file that could not be read or drawn; a picture that an earlier call drew of it is removed.
+        The content of the json: `Detections.to_dict` of each image file, as many objects as the model has queries at
+        most. And one message for each file that could not be read or drawn; a picture that an earlier call drew of it
+        is removed.
 
     Raises:
         OutputError: before the first image, if a file is in the way that `detr predict` did not write. DataError: an
@@ -164,81 +137,35 @@ def predict(
     if taken:
         raise DataError(f"{taken}: its picture would be in the place of {out / RESULTS}")
     folder.claim([RESULTS, *(target.as_posix() for _, target in images)])
-    results: dict[Path, dict[str, Any]] = {}
-    waiting: dict[tuple[int, ...], list[tuple[Path, tuple[int, int], Tensor]]] = defaultdict(list)
     failed, deep = {}, False
 
-    def run(batch: list[tuple[Path, tuple[int, int], Tensor]]) -> None:
-        images, mask, _ = collate([(pixels, {}) for *_, pixels in batch])
-        with torch.inference_mode():
-            outputs = model(images.to(device), mask.to(device))
-        sizes = torch.tensor([size for _, size, _ in batch], device=device)
-        for (source, (height, width), _), found in zip(batch, postprocess(outputs, sizes), strict=True):
-            rows = zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
-            shown = [row for row in rows if row[2] >= threshold]
-            results[source] = {"file": str(source), "width": width, "height": height}
-            results[source]["detections"] = _describe(shown, categories)
+    def readable() -> Iterator[tuple[Path, Image.Image]]:
+        nonlocal deep
+        for source, target in progress(images, desc="detecting", unit="image", delay=2):
+            try:
+                header, picture = read_header(source, None, reading), read_image(source, None, reading)
+            except DataError as error:
+                failed[target] = f"{source}: {error}"
+                continue
+            if header.deep and not deep:
+                warnings.warn(f"{source}: {DEEP}", stacklevel=2)
+            deep |= header.deep
+            yield source, picture
 
-    for source, target in progress(images, desc="detecting", unit="image", delay=2):
-        try:
-            header, picture = read_header(source, None, reading), read_image(source, None, reading)
-        except DataError as error:
-            failed[target] = f"{source}: {error}"
-            continue
-        if header.deep and not deep:
-            warnings.warn(f"{source}: {DEEP}", stacklevel=2)
-        deep |= header.deep
-        pixels = load_pixels(picture, config)
-        batch = waiting[pixels.shape]
-        batch.append((source, (picture.height, picture.width), pixels))
-        # images wait in memory for others of their size, but not too many of them
-        if sum(map(len, waiting.values())) >= 8 * batch_size:
-            batch = max(waiting.values(), key=len)
-        elif len(batch) < batch_size:
-            continue
-        run(batch)
-        batch.clear()
-    for batch in waiting.values():
-        for i in range(0, len(batch), batch_size):
-            run(batch[i : i + batch_size])
-
-    in_order = [results[source] for source, _ in images if source in results]
-    lines = ",\n".join(json.dumps(result) for result in in_order)
+    found: dict[Path, Detections] = dict(detector.stream(readable(), threshold, batch_size))
+    results = [found[source].to_dict() for source, _ in images if source in found]
+    lines = ",\n".join(json.dumps(result) for result in results)
     folder.remove(target.as_posix() for target in failed)
     folder.write(RESULTS, f"[\n{lines}\n]\n".encode())
-    label_of, names = {category_id: i for i, category_id in enumerate(categories)}, drawable_names(categories)
     for source, target in progress(images, desc="drawing", unit="image", delay=2):
         if target in failed:
             continue
         try:
-            drawn = _draw(read_image(source, None, reading), results[source]["detections"], label_of, names)
+            drawn = found[source].draw(read_image(source, None, reading))
             picture = picture_of(drawn, target.suffix, BY)
         except (DataError, OutputError) as error:
             failed[target] = f"{source}: no picture of it: {error}"
             folder.remove([target.as_posix()])
         else:
             folder.write(target.as_posix(), picture)
-    return in_order, list(failed.values())
-
-
-def _describe(rows: list[tuple[list[float], int, float]], categories: dict[int, str]) -> list[dict[str, Any]]:
-    """The detections of an image, from (corners of the box, label, score) of each."""
-    ids, names = list(categories), list(categories.values())
-    return [
-        {
-            "category_id": ids[label],
-            "name": names[label],
-            "score": round(score, 4),
-            "bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-        }
-        for (x0, y0, x1, y1), label, score in rows
-    ]
-
-
-def _draw(
-    picture: Image.Image, detections: list[dict[str, Any]], label_of: dict[int, int], names: list[str]
-) -> Image.Image:
-    boxes = [[x, y, x + width, y + height] for x, y, width, height in (found["bbox"] for found in detections)]
-    labels = [label_of[found["category_id"]] for found in detections]
-    scores = [found["score"] for found in detections]
-    return draw_boxes(picture, boxes, labels, [names[label] for label in labels], scores)
+    return results, list(failed.values())

@@ -1,50 +1,67 @@
-"""What a run writes while it goes on: metrics to a file, TensorBoard and Weights & Biases; and batches that failed."""
+"""What a run writes: metrics, checkpoints and pictures; and batches that failed."""
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
+import platform
 import signal
+import sys
+import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from detr import run_folder
+from detr import checkpoint, distributed, run_folder
+from detr.config import Config
+from detr.evaluate import STATS
 from detr.output import Folder, naming, write_whole
+from detr.split import Split
+from detr.visualize import draw_predictions, plot_curves
 
 KEPT_BATCHES = 3  # of steps that were skipped; the ids of their images are noted for all
 
 
 class Record:
-    """The lines of metrics.jsonl, and the same as TensorBoard events and to Weights & Biases if it is wanted.
+    """The folder of a run, as it fills: everything but what `keep_batches` writes there.
+
+    config.json (everything that the run was made from), metrics.jsonl, the same as TensorBoard events and to Weights &
+    Biases if it is wanted, checkpoint.pt (the last state, to resume), best.pt (the weights with the best AP),
+    eval.json, curves.png and predictions.png.
 
     Args:
-        folder: of the run. step: optimiser steps done; lines after it are forgotten, a killed run left them.
-        wandb: None, or the "project" and the "id" of the run there.
-        config: what Weights & Biases shall know of the run.
+        step: optimiser steps done; lines after it are forgotten, a killed run left them.
+        data: what config.json keeps about the data; "wandb" in it is None, or "project" and "id" of the run there.
     """
 
-    def __init__(self, folder: Folder, step: int, wandb: dict[str, str] | None, config: dict[str, Any]) -> None:
-        self.path = folder.own("metrics.jsonl")
+    def __init__(self, out: Path, step: int, config: Config, data: dict[str, Any], classes: dict[int, str]) -> None:
+        self.folder = Folder(out, run_folder.BY)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        names = {str(i): name for i, name in classes.items()}
+        self._write("config.json", {"config": config.to_dict(), "data": data, "classes": names, "versions": versions})
+        self.path = self.folder.own("metrics.jsonl")
         _forget_after(self.path, step)
         with naming(self.path):
             self.file = self.path.open("a")
-            self.board = SummaryWriter(folder.path, purge_step=step + 1)
-        self.wandb = None
-        if wandb and not importlib.util.find_spec("wandb"):
+            self.board = SummaryWriter(out, purge_step=step + 1)
+        self.wandb, wanted = None, data.get("wandb")
+        if wanted and not importlib.util.find_spec("wandb"):
             warnings.warn("the package wandb is not installed here: the run goes on without it", stacklevel=2)
-        elif wandb:
-            import wandb as package
+        elif wanted:
+            import wandb
 
-            self.wandb = package.init(dir=folder.path, name=folder.path.name, config=config, resume="allow", **wandb)
+            self.wandb = wandb.init(dir=out, name=out.name, config=config.to_dict(), resume="allow", **wanted)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        self.folder.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write(self, step: int, epoch: float, row: dict[str, float]) -> None:
+        """A line of metrics.jsonl."""
         with naming(self.path):
             self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4)} | row) + "\n")
             self.file.flush()
@@ -53,12 +70,45 @@ class Record:
         if self.wandb:
             self.wandb.log(row, step=step)
 
+    def write_metrics(self, step: int, epoch: float, metrics: dict[str, Any]) -> None:
+        """The line of an evaluation, and one for people."""
+        self.write(step, epoch, {name: metrics[name] for name in STATS if metrics[name] is not None})
+        tqdm.write(f"step {step}: AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}", sys.stderr)
+
+    def save(self, name: str, content: dict[str, Any]) -> None:
+        """A checkpoint."""
+        checkpoint.save(self.folder.path / name, content, self.folder)
+
     def close(self) -> None:
+        """No more lines."""
         with naming(self.path):
             self.file.close()
             self.board.close()
         if self.wandb:
             self.wandb.finish()
+
+    def draw_curves(self) -> None:
+        """The picture of metrics.jsonl."""
+        self.folder.write("curves.png", plot_curves(metrics_of(self.path)))
+
+    def finish(self, split: Split, detections: dict[int, dict[str, Tensor]], metrics: dict[str, Any]) -> None:
+        """The last evaluation."""
+        self._write("eval.json", metrics)
+        self.folder.write("predictions.png", draw_predictions(split, detections, metrics))
+
+
+class NoRecord:
+    """In the place of a `Record` on all processes but the main one: it does nothing."""
+
+    def write(self, *_: Any) -> None:
+        pass
+
+    write_metrics = save = close = draw_curves = finish = write
+
+
+def open_record(*arguments: Any) -> Record | NoRecord:
+    """A `Record` on the main process."""
+    return Record(*arguments) if distributed.is_main() else NoRecord()
 
 
 def _forget_after(metrics_path: Path, step: int) -> None:
@@ -124,20 +174,27 @@ def image_ids(batches: list[tuple[Tensor, Tensor, list[dict[str, Any]]]]) -> lis
     return [target["image_id"] for _, _, targets in batches for target in targets]
 
 
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes, and then holds its number; a second one acts as ever."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+class StopOnSignal:
+    """Whether SIGINT or SIGTERM came: what `Run.train` asks before each step, and sooner nobody listens.
 
-    def note(number: int, _frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
+    With the first question these signals are taken over, so that a run ends after its step; a second one acts as ever.
+    `close` gives them back.
+    """
 
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.received = False
+        self.before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        if not self.before and threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self.received
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.received = True
+        signal.signal(number, self.before[number])
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from detr.errors import ArgumentError
 from detr.images import draw_boxes
 from msda_triton import MSDeformAttn
 
@@ -20,11 +21,11 @@ def sampling_points(model: nn.Module, image: Tensor, layer: int = -1) -> tuple[d
         The model's outputs; locations [Q, M, L, P, 2] (x, y) in [0, 1] of the image, which the points may leave; and
         weights [Q, M, L, P], which sum to 1 for each query and head.
     Raises:
-        ValueError: the model attends to every pixel and samples nothing.
+        ArgumentError: the model attends to every pixel and samples nothing.
     """
     attention = model.transformer.decoder.layers[layer].cross_attn
     if not isinstance(attention, MSDeformAttn):
-        raise ValueError("attention: a model with global attention has no sampling points")
+        raise ArgumentError("attention: a model with global attention has no sampling points")
     seen = []
     arguments_of = inspect.signature(attention.forward).bind
     hook = attention.register_forward_pre_hook(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from detr.boxes import cxcywh_to_xyxy, inverse_sigmoid, suppressed
-from detr.config import Config
+from detr.config import ModelConfig
 from detr.position import sine_embedding, sine_position
 from msda_triton import MSDeformAttn
 
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
         return reference[:, :, None] * self.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)[:, None]
 
 
-def _attention(config: Config, n_levels: int, n_points: int) -> nn.Module:
+def _attention(config: ModelConfig, n_levels: int, n_points: int) -> nn.Module:
     if config.attention == "global":
         return nn.MultiheadAttention(config.d_model, config.n_heads, config.dropout, batch_first=True)
     return MSDeformAttn(config.d_model, n_levels, config.n_heads, n_points, backend=config.backend)
@@ -66,7 +66,7 @@ def _run(layer: nn.Module, recompute: bool, *args) -> Tensor:
 class EncoderLayer(nn.Module):
     """Every token attends to the tokens of all levels, or of its own; then the feed-forward block. Post-norm."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.own_level_only = config.own_level_only
         self.self_attn = _attention(config, 1 if config.own_level_only else config.n_levels, config.enc_points)
@@ -100,7 +100,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.recompute = config.grad_checkpointing
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.enc_layers))
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
     As in the original's checkpoints `norm1` belongs to the attention to the image and `norm2` to that among queries.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(config.d_model, config.n_heads, config.dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(config.d_model)
@@ -150,7 +150,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.refine, self.recompute = config.refine, config.grad_checkpointing
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.dec_layers))
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
     and its two-stage variant the encoder's own best proposals.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         C = config.d_model
         self.config = config

@@ -1,7 +1,6 @@
 """The pictures of a run: learning curves, and ground truth beside detections."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,16 +10,14 @@ from torch import Tensor
 from detr.errors import DataError
 from detr.images import draw_boxes, read_image
 from detr.labels import drawable_names
-from detr.record import metrics_of
 from detr.split import Split
 
 _HEIGHT = 320  # pixels of every image in predictions.png
 _GAP = 6
 
 
-def plot_curves(metrics_path: Path) -> bytes:
-    """A PNG of losses, average precision and learning rate over the optimiser steps, from metrics.jsonl."""
-    rows = metrics_of(metrics_path)
+def plot_curves(rows: list[dict[str, float]]) -> bytes:
+    """A PNG of losses, average precision and learning rate over the optimiser steps, from rows of metrics.jsonl."""
     panels = {
         "loss": (("loss", "loss_ce", "loss_bbox", "loss_giou"), "weighted loss"),
         "AP on val": (("AP", "AP50", "AP75"), "average precision"),

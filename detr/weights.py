@@ -11,8 +11,9 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detr import checkpoint
-from detr.config import SMALL_BACKBONES, Config
-from detr.model import DeformableDETR, check_finite
+from detr.config import SMALL_BACKBONES, ModelConfig, short
+from detr.errors import ArgumentError, CheckpointError
+from detr.model import DeformableDETR, first_not_finite
 from detr.output import WRITTEN_BY, Folder, claim_file, make_parent, whole
 
 BY = "detr export"
@@ -97,11 +98,11 @@ def load_weights(model: DeformableDETR, path: str | Path, class_names: list[str]
     Args:
         class_names: the model's classes in the order of labels. None takes them to be those of the file if as many.
     Raises:
-        ValueError: the file is missing, damaged, holds code or NaN, or has nothing for this model; it names the file.
+        CheckpointError: the file is missing, damaged, holds code or NaN, or has nothing for this model; names the file.
     """
     path = Path(path)
     if class_names is not None and len(class_names) != model.num_classes:
-        raise ValueError(f"class_names: expected {model.num_classes} of them, got {len(class_names)}")
+        raise ArgumentError(f"class_names: expected {model.num_classes} of them, got {len(class_names)}")
     weights, source_names = _read(path)
     layout = _layout_of(weights, path)
     if layout == "hf":
@@ -140,26 +141,25 @@ def load_weights(model: DeformableDETR, path: str | Path, class_names: list[str]
             report.skipped.append(f"{present[0][0]} ({reason})")
     report.skipped += [key for key in weights if key not in used]
     if not state:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: nothing in it is for this model: expected {report.missing[0]}, got {next(iter(weights))}"
         )
-    try:
-        check_finite(state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    fault = first_not_finite(state)
+    if fault:
+        raise CheckpointError(f"{path}: {fault}")
     model.load_state_dict(state, strict=False)
     return report
 
 
-def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
+def convert_weights(model: DeformableDETR, to: str) -> dict[str, Tensor]:
     """The model's weights by the names of another layout, "official" or "hf" (Hugging Face).
 
     Raises:
-        ValueError: unknown layout, or one that has no names for this model.
+        ArgumentError: unknown layout, or one that has no names for this model.
     """
     config = model.config
-    if layout not in ("official", "hf"):
-        raise ValueError(f"layout: expected official or hf, got {layout!r}")
+    if to not in ("official", "hf"):
+        raise ArgumentError(f"to: expected official or hf, got {to!r}")
     ours = {
         f"backbone {config.backbone}": config.backbone in SMALL_BACKBONES,
         "own_level_only": config.own_level_only,
@@ -168,7 +168,7 @@ def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
     }
     what = next((what for what, is_so in ours.items() if is_so), None)
     if what:
-        raise ValueError(f"layout: {layout} has no model with {what}; onnx, torch-export and aoti take any")
+        raise ArgumentError(f"to: {to} has no model with {what}; onnx, torch-export and aoti take any")
     converted = {}
     for key, tensor in model.state_dict().items():
         keys = [key]
@@ -177,12 +177,12 @@ def convert_weights(model: DeformableDETR, layout: str) -> dict[str, Tensor]:
         if any(flag and key.startswith(head) for head, flag in doubled.items()):
             keys.append(f"transformer.decoder.{key}")
         for key in keys:
-            names = _names(key, layout, config)
+            names = _names(key, to, config)
             converted.update(zip(names, tensor.chunk(len(names)), strict=True))
     return converted
 
 
-def export_weights(model: DeformableDETR, path: str | Path, layout: str, class_names: list[str]) -> Path:
+def export_weights(model: DeformableDETR, path: str | Path, to: str, class_names: list[str]) -> Path:
     """Write weights for other code: an official checkpoint file, or a Hugging Face folder for `from_pretrained`.
 
     Args:
@@ -190,14 +190,12 @@ def export_weights(model: DeformableDETR, path: str | Path, layout: str, class_n
     Returns:
         The path of the file with the weights.
     Raises:
-        ValueError: as `convert_weights`, or a weight is NaN or infinite. OutputError: a file is in the way that
-            `detr export` did not write.
+        ArgumentError: as `convert_weights`. OutputError: a file is in the way that `detr export` did not write.
     """
     path = Path(path)
-    weights = convert_weights(model, layout)
-    check_finite(weights)
-    if layout == "official":
-        claim_file(path, BY, _writer)
+    weights = convert_weights(model, to)
+    if to == "official":
+        claim_file(path, BY, checkpoint.written_by)
         make_parent(path)
         with whole(path) as file:
             torch.save({"model": weights, WRITTEN_BY: BY}, file)
@@ -212,21 +210,12 @@ def export_weights(model: DeformableDETR, path: str | Path, layout: str, class_n
     return path / "model.safetensors"
 
 
-def _writer(path: Path) -> str | None:
-    """The command that a file of official weights says wrote it; None for every other file."""
-    try:
-        content = checkpoint.read(path)
-    except checkpoint.CheckpointError:
-        return None
-    return content.get(WRITTEN_BY) if isinstance(content, dict) else None
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """Tensors of a file, and the names of its classes if they stand in it or beside it."""
     if path.is_dir():
         files = [path / name for name in _HF_FILES if (path / name).is_file()]
         if not files:
-            raise ValueError(f"{path}: expected {' or '.join(_HF_FILES)} in this folder, got neither")
+            raise CheckpointError(f"{path}: expected {' or '.join(_HF_FILES)} in this folder, got neither")
         path = files[0]
     content = _safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path)
     content = content if isinstance(content, dict) else {}
@@ -236,9 +225,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     key = key if key in content or "state_dict" not in content else "state_dict"
     weights = content.get(key, content)
     if names is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path}: class_names: expected a list of names, got {checkpoint.short(names)}")
+        raise CheckpointError(f"{path}: class_names: expected a list of names, got {short(names)}")
     if not isinstance(weights, dict):
-        raise ValueError(f"{path}: {key}: expected a dict of tensors, got {checkpoint.short(weights)}")
+        raise CheckpointError(f"{path}: {key}: expected a dict of tensors, got {short(weights)}")
     weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
     # what a FLOP counter left in the official files, and a counter that frozen norms do not have
     ignored = ("total_ops", "total_params", "num_batches_tracked")
@@ -246,17 +235,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     tensors = {key: weights[key] for key in wanted if not key.endswith(ignored)}
     if not tensors:
         held = ", ".join(list(weights)[:6]) or "nothing"
-        raise ValueError(f"{path}: expected tensors by name, or below model or state_dict, got {held}")
+        raise CheckpointError(f"{path}: expected tensors by name, or below model or state_dict, got {held}")
     return tensors, names or (_hf_class_names(path.with_name("config.json")) if path.name in _HF_FILES else None)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"{path}: the file is missing")
+        raise CheckpointError(f"{path}: the file is missing")
     try:
         return safetensors.torch.load_file(path)
     except (OSError, RuntimeError, ValueError, LookupError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not readable: {(str(error) or 'damaged').splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: not readable: {(str(error) or 'damaged').splitlines()[0]}") from None
 
 
 def _hf_class_names(path: Path) -> list[str] | None:
@@ -268,7 +257,7 @@ def _hf_class_names(path: Path) -> list[str] | None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         names = [None]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: id2label: expected an object with a name for each of 0, 1, ...")
+        raise CheckpointError(f"{path}: id2label: expected an object with a name for each of 0, 1, ...")
     return names or None
 
 
@@ -277,7 +266,7 @@ def _layout_of(weights: dict[str, Tensor], path: Path) -> str:
     for layout, start in starts.items():
         if any(key.startswith(start) for key in weights):
             return layout
-    raise ValueError(f"{path}: expected weights of DETR, Deformable DETR or a ResNet, got {list(weights)[:3]}")
+    raise CheckpointError(f"{path}: expected weights of DETR, Deformable DETR or a ResNet, got {list(weights)[:3]}")
 
 
 def _rename(key: str, rules: list[tuple[str, str]]) -> str:
@@ -286,7 +275,7 @@ def _rename(key: str, rules: list[tuple[str, str]]) -> str:
     return key
 
 
-def _names(key: str, layout: str, config: Config) -> tuple[str, ...]:
+def _names(key: str, layout: str, config: ModelConfig) -> tuple[str, ...]:
     """The tensors of another layout that, one below the other, are our tensor `key`."""
     name = _rename(key, _RULES[layout][config.attention == "global"])
     if layout == "hf" and ".in_proj_" in name:
@@ -294,7 +283,7 @@ def _names(key: str, layout: str, config: Config) -> tuple[str, ...]:
     return (name,)
 
 
-def _stand_ins(key: str, config: Config) -> list[str]:
+def _stand_ins(key: str, config: ModelConfig) -> list[str]:
     """What may stand for a head's tensor `key` in a file: the decoder's copy, or the first layer's if all share it."""
     head = re.match(r"(class_embed|bbox_embed)\.(\d+)(\..*)", key)
     if not head:
@@ -322,7 +311,7 @@ def _class_pairs(
     return pairs + [(model.num_classes, n_source)] * background
 
 
-def _hf_config(config: Config, class_names: list[str]) -> dict:
+def _hf_config(config: ModelConfig, class_names: list[str]) -> dict:
     """Hugging Face's config.json for a model of `config`, its training apart."""
     deformable = config.attention == "deformable"
     common = {

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from detr.formats import open_dataset
-from detr.load import load_split, read_part
 from detr.problems import Problem
 from detr.split import Split
+from detr.splits import load_split, read_part
 
 # ids with gaps and out of order: labels follow the ids
 CATEGORIES = [{"id": 90, "name": "zebra"}, {"id": 3, "name": "ant"}, {"id": 17, "name": "owl"}]

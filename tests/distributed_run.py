@@ -1,8 +1,6 @@
 """What tests/test_detr_distributed.py runs in two processes: `torchrun distributed_run.py DATA OUT`."""
 
 import itertools
-import os
-import signal
 import sys
 import time
 import warnings
@@ -12,13 +10,13 @@ from pathlib import Path
 import torch
 
 from detr import cli, distributed
-from detr.config import preset
 from detr.data import validation_loader
-from detr.engine import train
 from detr.evaluate import detect
-from detr.load import load_split
+from detr.learner import Step
 from detr.pace import set_pace
-from detr.trainer import Trainer
+from detr.presets import preset
+from detr.run import Run
+from detr.splits import load_split
 
 CPU = torch.device("cpu")
 # small rates, because Adam makes steps of full size from the rounding of gradients that are zero
@@ -42,13 +40,13 @@ RUNS = {
 NORMED = {"backbone": "small", "two_stage": True}
 
 
-def take(trainer: Trainer, steps: int, change=None) -> list[float]:
+def take(run: Run, steps: int, change=None) -> list[float]:
     """Losses of the next steps; `change` may alter the targets of a batch before."""
     losses = []
-    for batches in itertools.islice(trainer.batches(), steps):
+    for batches in itertools.islice(run.batches(), steps):
         if change:
             change([target for _, _, targets in batches for target in targets])
-        losses.append(trainer.step(batches))
+        losses.append(run.step(batches).loss)
     return losses
 
 
@@ -65,60 +63,59 @@ def main(data: Path, out: Path) -> None:
     val_split = load_split(data, "val", train_split.categories)
     found = {}
     for name, changes in RUNS.items():
-        trainer = Trainer(replace(CONFIG, **changes), train_split, CPU)
-        found[name] = take(trainer, 5), trainer.sums["grad_norm"], trainer.state()["model"], trainer.state()["ema"]
+        run = Run(replace(CONFIG, **changes), train_split, CPU)
+        found[name] = take(run, 5), run.sums["grad_norm"], run.state()["model"], run.state()["ema"]
 
     # running statistics: of this process's images alone, and as each step leaves them
-    trainer = Trainer(replace(CONFIG, **NORMED), train_split, CPU)
+    run = Run(replace(CONFIG, **NORMED), train_split, CPU)
     own, settled = [], []
-    settle = trainer._settle_statistics
+    settle = run.learner._settle_statistics
 
     def settle_noted(*args) -> None:
-        own.append([x.clone() for x in trainer.statistics])
+        own.append([x.clone() for x in run.learner.statistics])
         settle(*args)
-        settled.append([x.clone() for x in trainer.statistics])
+        settled.append([x.clone() for x in run.learner.statistics])
 
-    trainer._settle_statistics = settle_noted
-    take(trainer, 2)
-    found["statistics"] = own, settled, trainer.weights()["model"]
+    run.learner._settle_statistics = settle_noted
+    take(run, 2)
+    found["statistics"] = own, settled, run.weights()["model"]
 
     for name in ("focal", "two_stage"):
-        trainer = Trainer(replace(CONFIG, **RUNS[name]), train_split, CPU)
-        one_half = take(trainer, 2, without_objects if rank == 1 else None)
-        found[f"{name} without objects"] = one_half, take(trainer, 2, without_objects), dict(trainer.sums)
+        run = Run(replace(CONFIG, **RUNS[name]), train_split, CPU)
+        one_half = take(run, 2, without_objects if rank == 1 else None)
+        found[f"{name} without objects"] = one_half, take(run, 2, without_objects), dict(run.sums)
 
     val = validation_loader(val_split, CONFIG, CPU)
-    found["images"] = sorted(detect(trainer.model, val, CPU)[0])
+    found["images"] = sorted(detect(run.learner.model, val, CPU)[0])
 
     # the main process measures, here by a clock of its own
-    trainer = Trainer(CONFIG, train_split, CPU)
-    set_pace(trainer, val, 0.05, time.perf_counter() - rank)
-    found["pace"] = trainer.total_steps, trainer.config.steps, take(trainer, 1)
+    run = Run(CONFIG, train_split, CPU)
+    set_pace(run, val, 0.05, time.perf_counter() - rank)
+    found["pace"] = run.total_steps, run.config.steps, take(run, 1)
 
     # a fault of one process is known to both
     def unreadable(targets: list[dict]) -> None:
         targets[0]["unreadable"] = ["a.jpg: broken"]
 
     warnings.simplefilter("ignore")
-    trainer = Trainer(CONFIG, train_split, CPU)
-    take(trainer, 2, unreadable if rank == 1 else None)
-    found["unreadable"] = trainer.unreadable
+    run = Run(CONFIG, train_split, CPU)
+    take(run, 2, unreadable if rank == 1 else None)
+    found["unreadable"] = run.unreadable
 
-    step = Trainer.step
+    step = Run.step
 
-    def faulty(trainer: Trainer, batches: list, stop: bool = False) -> float:
-        if rank == 1 and trainer.steps_done == 1:
+    def faulty(run: Run, batches: list, stop: bool = False) -> Step:
+        if rank == 1 and run.steps_done == 1:
             batches[0][2][0]["boxes"] *= float("nan")
-        if rank == 1 and trainer.steps_done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+        if rank == 1 and run.steps_done == 2:
             stop = True
-        return step(trainer, batches, stop)
+        return step(run, batches, stop)
 
-    Trainer.step = faulty
-    trainer = Trainer(CONFIG, train_split, CPU)
-    assert train(trainer, val, out / "stopped", {"data": str(data)}) is None
-    Trainer.step = step
-    found["stopped_at"] = trainer.steps_done
+    Run.step = faulty
+    run = Run(CONFIG, train_split, CPU)
+    assert run.train(val, out / "stopped", {"data": str(data)}) is None
+    Run.step = step
+    found["stopped_at"] = run.steps_done
     torch.save(found, out / f"rank{rank}.pt")
 
     # the whole command, resumed

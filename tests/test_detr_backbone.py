@@ -8,8 +8,9 @@ import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from detr.backbone import BatchNorm
-from detr.config import preset
+from detr.learner import Learner
 from detr.model import build_model
+from detr.presets import preset
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,8 @@ def test_a_norm_of_a_single_value():
 
 def test_statistics_of_a_frozen_backbone_stay():
     for rate, moves in ((0.0, False), (1e-3, True)):
-        model = build_model(preset("tiny", backbone="small", lr_backbone=rate), 3)  # as a Trainer takes it
+        model = build_model(preset("tiny", backbone="small"), 3)
+        Learner(model, preset("tiny", backbone="small", lr_backbone=rate))
         norm = model.backbone.stem[1]
         before = norm.running_mean.clone()
         model(torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))

@@ -10,13 +10,13 @@ import torch
 
 from detr.check_data import check_against, check_pair
 from detr.cli import main
-from detr.config import PRESETS, preset
 from detr.errors import DataError
 from detr.formats import open_dataset
 from detr.formats.coco import read_coco
 from detr.images import DEFAULT_READING
-from detr.load import load_split
 from detr.model import build_model
+from detr.presets import PRESETS, preset
+from detr.splits import load_split
 from detr.summary import summary, summary_table, tokens
 
 

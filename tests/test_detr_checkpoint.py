@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr import checkpoint
-from detr.checkpoint import CheckpointError
-from detr.config import preset
+from detr import checkpoint, load
+from detr.errors import CheckpointError, OutputError
 from detr.model import build_model
-from detr.output import OutputError
+from detr.presets import preset
 
 CONFIG = preset("tiny", d_model=32, n_heads=2, ffn_dim=32, n_queries=8)
 
@@ -38,9 +37,10 @@ def test_round_trip(tmp_path):
         key: value for key, value in written.items() if key != "model"
     }
     torch.testing.assert_close(read["model"], written["model"], rtol=0, atol=0)
-    model, config, categories = checkpoint.load_model(tmp_path / "a.pt", torch.device("cpu"))
-    assert config == CONFIG and categories == {7: "ant", 3: "bee"} and not model.training
-    torch.testing.assert_close(dict(model.state_dict()), dict(written["model"]), rtol=0, atol=0)
+    detector = load(tmp_path / "a.pt", "cpu")
+    assert detector.config == CONFIG and not detector.model.training
+    assert (detector.category_ids, detector.classes) == ([7, 3], ["ant", "bee"])
+    torch.testing.assert_close(dict(detector.model.state_dict()), dict(written["model"]), rtol=0, atol=0)
 
 
 def test_pre_trained_weights_are_not_fetched_again(tmp_path, monkeypatch):
@@ -49,9 +49,9 @@ def test_pre_trained_weights_are_not_fetched_again(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "a.pt", written | {"config": config.to_dict()})
     assert config.pretrained_backbone
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)  # would fail if it were called
-    model, read, _ = checkpoint.load_model(tmp_path / "a.pt", torch.device("cpu"))
-    assert read == config
-    torch.testing.assert_close(dict(model.state_dict()), dict(written["model"]), rtol=0, atol=0)
+    detector = load(tmp_path / "a.pt", "cpu")
+    assert detector.config == config
+    torch.testing.assert_close(dict(detector.model.state_dict()), dict(written["model"]), rtol=0, atol=0)
 
 
 class FullDisk(io.BufferedWriter):
@@ -122,4 +122,4 @@ def test_weights_of_another_model(tmp_path):
     ):
         checkpoint.save(tmp_path / "a.pt", written | change)
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.load_model(tmp_path / "a.pt", torch.device("cpu"))
+            load(tmp_path / "a.pt", "cpu")

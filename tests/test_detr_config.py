@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from detr.config import PRESETS, Config, departures, preset
+from detr.config import Config
+from detr.presets import PRESETS, departures, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

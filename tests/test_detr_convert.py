@@ -15,8 +15,8 @@ from user_files import snapshot
 from detr.cli import main
 from detr.convert import turned
 from detr.images import Reading, read_image
-from detr.load import load_split
 from detr.output import MANIFEST
+from detr.splits import load_split
 
 NAMES = ["coco", *data_formats.WRITERS]
 assert_same = data_formats.assert_same

@@ -11,11 +11,11 @@ import torch
 from user_files import SMALL
 
 from detr import checkpoint, resume
-from detr.checkpoint import CheckpointError
 from detr.cli import main
 from detr.config import SEED, Config
-from detr.load import load_split
-from detr.trainer import Trainer
+from detr.errors import CheckpointError
+from detr.run import Run
+from detr.splits import load_split
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
@@ -38,18 +38,18 @@ def good(root):
 
 
 @pytest.fixture(scope="module")
-def trainer(root, good):
+def run(root, good):
     split = load_split(root / "data", "train")
-    return Trainer(checkpoint.config_of(good, root), split, CPU, fresh=False)
+    return Run(checkpoint.config_of(good, root), split, CPU)
 
 
-def read_all(path, trainer, content=None):
+def read_all(path, run, content=None):
     """What `detr train --resume` reads of a checkpoint, or of its content."""
     state = checkpoint.load(path) if content is None else checkpoint.checked(content, path)
     resume.located(state.get("data"), {}, path)
     config = checkpoint.config_of(state, path)
     checkpoint.check_sizes(config, state["model"], len(state["class_names"]), path)
-    trainer.load_state(state, path)
+    run.load_state(state, path)
     return state
 
 
@@ -108,25 +108,25 @@ def may_be_absent(place, good):
     return place in OPTIONAL or added or (group and place[3] not in checkpoint._OF_A_GROUP)
 
 
-def test_a_file_from_before_a_field(tmp_path, good, trainer):
+def test_a_file_from_before_a_field(tmp_path, good, run):
     for name in checkpoint._ADDED:
         older = changed(good, ("config", name), lambda parent, key: parent.pop(key))
-        read_all(tmp_path / "a.pt", trainer, older)
+        read_all(tmp_path / "a.pt", run, older)
         default = next(field.default for field in dataclasses.fields(Config) if field.name == name)
         assert getattr(checkpoint.config_of(older, tmp_path / "a.pt"), name) == default
 
 
-def test_the_whole_file_is_read(root, good, trainer):
-    assert equal(read_all(root / "run" / "checkpoint.pt", trainer), good)
+def test_the_whole_file_is_read(root, good, run):
+    assert equal(read_all(root / "run" / "checkpoint.pt", run), good)
     assert {place[0] for place, _ in fields(good)} == set(good)
 
 
-def test_each_field_absent(tmp_path, good, trainer):
+def test_each_field_absent(tmp_path, good, run):
     for place, _ in fields(good):
         if may_be_absent(place, good):
             continue
         with pytest.raises(CheckpointError) as error:
-            read_all(tmp_path / "a.pt", trainer, changed(good, place, lambda parent, key: parent.pop(key)))
+            read_all(tmp_path / "a.pt", run, changed(good, place, lambda parent, key: parent.pop(key)))
         message = str(error.value)
         assert message.startswith(f"{tmp_path / 'a.pt'}: ") and "\n" not in message, message
         name = place[-1] if isinstance(place[-1], str) else place[-2]
@@ -150,11 +150,11 @@ def each_wrong_type(good):
                 yield place, wrong
 
 
-def refuse_each(cases, path, good, trainer):
-    before = copy.deepcopy(trainer.state())
+def refuse_each(cases, path, good, run):
+    before = copy.deepcopy(run.state())
     for place, wrong in cases:
         try:
-            read_all(path, trainer, changed(good, place, lambda parent, key, wrong=wrong: set_item(parent, key, wrong)))
+            read_all(path, run, changed(good, place, lambda parent, key, wrong=wrong: set_item(parent, key, wrong)))
         except CheckpointError as error:
             message = str(error)
         else:
@@ -162,7 +162,7 @@ def refuse_each(cases, path, good, trainer):
         assert message.startswith(f"{path}: ") and "\n" not in message, message
         known = (place[0], place[-1], "of another model")
         assert any(str(name) in message for name in known), (place, wrong, message)
-    assert equal(trainer.state(), before)  # a file that is refused has changed nothing
+    assert equal(run.state(), before)  # a file that is refused has changed nothing
 
 
 def set_item(parent, key, value):
@@ -170,10 +170,10 @@ def set_item(parent, key, value):
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
-def test_each_field_of_each_wrong_type(tmp_path, good, trainer, every):
+def test_each_field_of_each_wrong_type(tmp_path, good, run, every):
     cases = list(each_wrong_type(good))
     assert len(cases) > 1000
-    refuse_each(cases[::every], tmp_path / "a.pt", good, trainer)
+    refuse_each(cases[::every], tmp_path / "a.pt", good, run)
 
 
 @pytest.mark.parametrize(
@@ -191,10 +191,10 @@ def test_sizes_beyond_the_weights_are_not_tried(tmp_path, good, capsys, field, v
     assert field in error or "of another model" in error or "its sizes do not fit" in error
 
 
-def refused_or_the_same(path, good, trainer) -> bool:
+def refused_or_the_same(path, good, run) -> bool:
     """Whether a file is refused by one line; if it is not, it holds what it held."""
     try:
-        state = read_all(path, trainer)
+        state = read_all(path, run)
     except CheckpointError as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
         return True
@@ -202,7 +202,7 @@ def refused_or_the_same(path, good, trainer) -> bool:
     return False
 
 
-def damage(path, data, good, trainer, flips, cuts, seed):
+def damage(path, data, good, run, flips, cuts, seed):
     generator = random.Random(seed)
     refused = 0
     for _ in range(flips):
@@ -216,23 +216,23 @@ def damage(path, data, good, trainer, flips, cuts, seed):
             1 << generator.randrange(8)
         )
         path.write_bytes(flipped)
-        refused += refused_or_the_same(path, good, trainer)
+        refused += refused_or_the_same(path, good, run)
     for _ in range(cuts):
         path.write_bytes(data[: generator.randrange(len(data))])
-        assert refused_or_the_same(path, good, trainer)
+        assert refused_or_the_same(path, good, run)
     return refused
 
 
-def test_flipped_bits_and_cut_files(tmp_path, root, good, trainer):
+def test_flipped_bits_and_cut_files(tmp_path, root, good, run):
     data = (root / "run" / "checkpoint.pt").read_bytes()
-    assert damage(tmp_path / "a.pt", data, good, trainer, flips=24, cuts=6, seed=0) >= 12
+    assert damage(tmp_path / "a.pt", data, good, run, flips=24, cuts=6, seed=0) >= 12
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_many_flipped_bits_and_cut_files(tmp_path, root, good, trainer, seed):
+def test_many_flipped_bits_and_cut_files(tmp_path, root, good, run, seed):
     data = (root / "run" / "checkpoint.pt").read_bytes()
-    assert damage(tmp_path / "a.pt", data, good, trainer, flips=200, cuts=20, seed=seed) >= 100
+    assert damage(tmp_path / "a.pt", data, good, run, flips=200, cuts=20, seed=seed) >= 100
 
 
 def test_bytes_within_a_tensor(tmp_path, root, good, capsys):
@@ -323,15 +323,15 @@ HAND_MADE = [
 
 
 @pytest.mark.parametrize("case", range(len(HAND_MADE)))
-def test_checkpoints_that_were_made_by_hand(tmp_path, good, trainer, case):
+def test_checkpoints_that_were_made_by_hand(tmp_path, good, run, case):
     place, value, message = HAND_MADE[case]
     made = changed(good, place, lambda parent, key: set_item(parent, key, value(parent.get(key))))
-    before = copy.deepcopy(trainer.state())
+    before = copy.deepcopy(run.state())
     with pytest.raises(CheckpointError) as error:
-        read_all(tmp_path / "a.pt", trainer, made)
+        read_all(tmp_path / "a.pt", run, made)
     assert str(error.value).startswith(f"{tmp_path / 'a.pt'}: ") and message in str(error.value)
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
-    assert equal(trainer.state(), before)
+    assert equal(run.state(), before)
 
 
 def test_weights_that_are_not_numbers(tmp_path, root, good, capsys):
@@ -360,24 +360,24 @@ def test_weights_that_are_not_numbers(tmp_path, root, good, capsys):
 
 
 def test_a_run_that_diverges_ends_in_one_line(tmp_path, root, monkeypatch, capsys):
-    step = Trainer.step
+    step = Run.step
 
-    def diverges(trainer, batches, stop=False):
-        loss = step(trainer, batches, stop)
+    def diverges(run, batches, stop=False):
+        loss = step(run, batches, stop)
         with torch.no_grad():
-            next(trainer.model.parameters()).fill_(math.nan)
+            next(run.learner.model.parameters()).fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(Trainer, "step", diverges)
+    monkeypatch.setattr(Run, "step", diverges)
     flags = ["--steps", "4", "--set", "eval_steps=2", *SMALL, "--device", "cpu"]
     assert main(["train", "--data", str(root / "data"), "--out", str(tmp_path / "run"), *flags]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("detr train: error: the model's scores or boxes are not finite")
 
 
-def test_a_file_that_was_saved_again_is_valid(tmp_path, root, good, trainer):
+def test_a_file_that_was_saved_again_is_valid(tmp_path, root, good, run):
     torch.save(good, tmp_path / "a.pt")
-    assert equal(read_all(tmp_path / "a.pt", trainer), good)
+    assert equal(read_all(tmp_path / "a.pt", run), good)
 
 
 @pytest.mark.parametrize("name", ["config", "model", "optimizer", "data", "best_ap", "sums"])

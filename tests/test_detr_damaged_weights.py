@@ -8,8 +8,8 @@ import torch
 from user_files import SMALL
 
 from detr.cli import main
-from detr.config import preset
 from detr.model import build_model
+from detr.presets import preset
 from detr.weights import load_weights
 
 torch.set_num_threads(1)  # test processes share the cores

@@ -12,13 +12,13 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from detr import transforms
-from detr.config import preset
 from detr.data import DetectionDataset, TrainingStream, collate, in_groups, make_loader
 from detr.errors import DataError
 from detr.formats import open_dataset
-from detr.load import dataset_of, load_split
+from detr.presets import preset
+from detr.run import Run
+from detr.splits import dataset_of, load_split
 from detr.synth import write_dataset
-from detr.trainer import Trainer
 from detr.transforms import MEAN, STD, RandomWindow, Transform, evaluation_transform, training_transform
 
 CPU = torch.device("cpu")
@@ -312,14 +312,14 @@ def test_half_of_the_images_are_seen_through_a_window(synthetic):
 @pytest.mark.parametrize("groups", [True, False])
 def test_a_trainer_asks_for_early_passes_and_groups(synthetic, groups):
     config = preset("tiny", image_size=32, max_size=64, batch_size=4, steps=80, shape_groups=groups)
-    trainer = Trainer(config, synthetic, CPU)
-    images = len(trainer.dataset)
+    run = Run(config, synthetic, CPU)
+    images = len(run.dataset)
     marks = []
-    trainer.dataset.transform = lambda *sample: (marks.append(1), evaluation_transform()(*sample))[1]
+    run.dataset.transform = lambda *sample: (marks.append(1), evaluation_transform()(*sample))[1]
     # as if every second one were tall
-    trainer.dataset.sizes = lambda indices: [(40, 30) if i % 2 else (30, 40) for i in indices]
+    run.dataset.sizes = lambda indices: [(40, 30) if i % 2 else (30, 40) for i in indices]
     of_one_shape = 0
-    for step, [(_, _, targets)] in enumerate(trainer.batches()):
+    for step, [(_, _, targets)] in enumerate(run.batches()):
         assert len(marks) == max(0, 4 * (step + 1) - 8 * images)
         of_one_shape += len({target["image_id"] % 2 for target in targets}) == 1
     # by chance it is about one batch in ten; those that two epochs share are mixed

@@ -12,13 +12,12 @@ import pytest
 import torch
 from distributed_run import CONFIG, NORMED, RUNS, take, without_objects
 
-from detr import checkpoint
-from detr.checkpoint import load_model
-from detr.data import TrainingStream, validation_loader
-from detr.evaluate import evaluate
-from detr.load import load_split
+from detr import checkpoint, load
+from detr.data import TrainingStream
+from detr.errors import ArgumentError
+from detr.run import Run
+from detr.splits import load_split
 from detr.synth import write_dataset
-from detr.trainer import Trainer, TrainingError
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
@@ -72,21 +71,21 @@ def test_batches_are_dealt_out(split):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one_with_twice_the_batch(split, ranks, name):
-    trainer = Trainer(replace(CONFIG, **RUNS[name] | {"accumulate": 1}), split, CPU)
-    losses = take(trainer, 5)
+    run = Run(replace(CONFIG, **RUNS[name] | {"accumulate": 1}), split, CPU)
+    losses = take(run, 5)
     for rank in ranks:
         theirs, norms, model, averaged = rank[name]
         assert theirs == pytest.approx(losses, rel=1e-5)
-        assert norms == pytest.approx(trainer.sums["grad_norm"], rel=1e-5)
-        torch.testing.assert_close(model, dict(trainer.state()["model"]), rtol=0, atol=1e-5)
-        torch.testing.assert_close(averaged, dict(trainer.state()["ema"]), rtol=0, atol=1e-5)
+        assert norms == pytest.approx(run.sums["grad_norm"], rel=1e-5)
+        torch.testing.assert_close(model, dict(run.state()["model"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(averaged, dict(run.state()["ema"]), rtol=0, atol=1e-5)
     torch.testing.assert_close(ranks[0][name][2], ranks[1][name][2], rtol=0, atol=0)
 
 
 def test_running_statistics_are_means_over_the_processes(split, ranks):
-    alone = Trainer(replace(CONFIG, **NORMED), split, CPU)
+    alone = Run(replace(CONFIG, **NORMED), split, CPU)
     (first, means, model), (second, also, _) = (rank["statistics"] for rank in ranks)
-    before = alone.statistics
+    before = alone.learner.statistics
     for step in range(2):
         assert len(first[step]) == 16
         for one, other, mean, same, old in zip(first[step], second[step], means[step], also[step], before, strict=True):
@@ -100,9 +99,9 @@ def test_running_statistics_are_means_over_the_processes(split, ranks):
 
 @pytest.mark.parametrize("name", ["focal", "two_stage"])
 def test_ranks_whose_batch_has_no_object(split, ranks, name):
-    trainer = Trainer(replace(CONFIG, **RUNS[name]), split, CPU)
-    one_half = take(trainer, 2, lambda targets: without_objects(targets[2:]))
-    expected = one_half, take(trainer, 2, without_objects), dict(trainer.sums)
+    run = Run(replace(CONFIG, **RUNS[name]), split, CPU)
+    one_half = take(run, 2, lambda targets: without_objects(targets[2:]))
+    expected = one_half, take(run, 2, without_objects), dict(run.sums)
     assert ("loss_giou_dn" in expected[2]) == (name == "two_stage")
     for rank in ranks:
         for theirs, ours in zip(rank[f"{name} without objects"], expected, strict=True):
@@ -112,7 +111,7 @@ def test_ranks_whose_batch_has_no_object(split, ranks, name):
 def test_all_processes_take_the_steps_that_the_main_one_chose(split, ranks):
     (steps, kept, losses), other = (rank["pace"] for rank in ranks)
     assert steps == kept != CONFIG.steps and (steps, kept, losses) == tuple(other)
-    assert losses == pytest.approx(take(Trainer(CONFIG, split, CPU), 1), rel=1e-5)
+    assert losses == pytest.approx(take(Run(CONFIG, split, CPU), 1), rel=1e-5)
 
 
 def test_each_image_is_evaluated_by_one_process(ranks):
@@ -131,9 +130,7 @@ def test_a_fault_of_one_process_is_known_to_all(out, ranks):
 def test_resumed_and_evaluated_together(data, out, split):
     metrics = json.loads((out / "stopped" / "eval.json").read_text())
     assert checkpoint.load(out / "stopped" / "checkpoint.pt")["steps_done"] == metrics["step"] == 5
-    model, config, categories = load_model(out / "stopped" / "best.pt", CPU)
-    val = validation_loader(load_split(data, "val", categories), config, CPU)
-    alone, _ = evaluate(model, val, CPU)
+    alone = load(out / "stopped", CPU).evaluate(data)
     for name in ("AP", "AP50", "AR100", "per_class"):
         assert metrics[name] == alone[name]
     printed = (out / "printed").read_text()
@@ -144,8 +141,8 @@ def test_resumed_and_evaluated_together(data, out, split):
 def test_a_batch_that_cannot_be_divided(split, monkeypatch):
     monkeypatch.setattr("detr.distributed.world_size", lambda: 3)
     with pytest.raises(
-        TrainingError, match="batch_size: expected a multiple of 3 processes x 1 accumulated batches, got 4"
+        ArgumentError, match="batch_size: expected a multiple of 3 processes x 1 accumulated batches, got 4"
     ):
-        Trainer(CONFIG, split, CPU)
-    with pytest.raises(TrainingError, match="batch_size: expected a multiple of 3 processes, got 4"):
-        Trainer(replace(CONFIG, accumulate=0), split, CPU)
+        Run(CONFIG, split, CPU)
+    with pytest.raises(ArgumentError, match="batch_size: expected a multiple of 3 processes, got 4"):
+        Run(replace(CONFIG, accumulate=0), split, CPU)

@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detr_runs import advance, trained
 from PIL import Image
 
 from detr import checkpoint, run_folder
-from detr.config import preset
 from detr.data import validation_loader
-from detr.engine import train
+from detr.errors import OutputError, TrainingError
 from detr.evaluate import detect, evaluate
-from detr.load import load_split
 from detr.model import build_model
-from detr.output import OutputError
+from detr.presets import preset
+from detr.run import Run
+from detr.splits import load_split
 from detr.synth import write_dataset
-from detr.trainer import Trainer, TrainingError
 from detr.visualize import draw_predictions
 
 CPU = torch.device("cpu")
@@ -47,50 +47,45 @@ def splits(tmp_path_factory):
     return train_split, load_split(root, "val", train_split.categories)
 
 
-def advance(trainer, steps):
-    batches = trainer.batches()
-    return [trainer.step(next(batches)) for _ in range(steps)]
-
-
 def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def poison(trainer, monkeypatch, steps):
+def poison(run, monkeypatch, steps):
     """Boxes that are NaN in these steps, counted from 1."""
-    step = Trainer.step
+    step = Run.step
 
-    def poisoned(trainer, batches, stop=False):
-        if trainer.steps_done + 1 in steps:
+    def poisoned(run, batches, stop=False):
+        if run.steps_done + 1 in steps:
             target = batches[-1][2][-1]
             target["boxes"] = target["boxes"] * float("nan")
-        return step(trainer, batches, stop)
+        return step(run, batches, stop)
 
-    monkeypatch.setattr(Trainer, "step", poisoned)
+    monkeypatch.setattr(Run, "step", poisoned)
 
 
 @pytest.mark.filterwarnings("ignore:matching cost")
 def test_a_loss_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch):
     config = replace(SMALL, steps=8, eval_steps=None, ema=0.9)
     val = validation_loader(splits[1], config, CPU)
-    trainer = Trainer(config, splits[0], CPU)
-    poison(trainer, monkeypatch, {3, 5})
+    run = Run(config, splits[0], CPU)
+    poison(run, monkeypatch, {3, 5})
     before = {}
-    for batches in itertools.islice(trainer.batches(), 3):
-        if trainer.steps_done == 2:
-            before = {name: tensor.clone() for name, tensor in trainer.state()["model"].items()}
-        loss = trainer.step(batches)
-    assert math.isnan(loss) and trainer.skipped == 1 and trainer.steps_done == 3
-    torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
+    for batches in itertools.islice(run.batches(), 3):
+        if run.steps_done == 2:
+            before = {name: tensor.clone() for name, tensor in run.state()["model"].items()}
+        loss = run.step(batches).loss
+    assert math.isnan(loss) and run.skipped == 1 and run.steps_done == 3
+    torch.testing.assert_close(dict(run.learner.model.state_dict()), before, rtol=0, atol=0)
 
-    trainer = Trainer(config, splits[0], CPU)
-    ids = [[target["image_id"] for target in batch[2]] for [batch] in trainer.batches()]
+    run = Run(config, splits[0], CPU)
+    ids = [[target["image_id"] for target in batch[2]] for [batch] in run.batches()]
     with (
         pytest.warns(UserWarning, match=r"step 3: the loss is not finite, on the images .*; the step is skipped"),
         pytest.warns(UserWarning, match=r"step 5: the loss is not finite"),
     ):
-        metrics = train(trainer, val, tmp_path, {})
-    assert metrics["step"] == 8 and trainer.skipped == 0
+        metrics = trained(run, val, tmp_path, {})
+    assert metrics["step"] == 8 and run.skipped == 0
     noted = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
     files = ["nonfinite_step3_rank0.pt", "nonfinite_step5_rank0.pt"]
     assert noted == [
@@ -107,27 +102,27 @@ def test_a_loss_that_is_not_finite_skips_the_step(splits, tmp_path, monkeypatch)
 def test_too_many_losses_in_a_row_that_are_not_finite_end_the_run(splits, tmp_path, monkeypatch):
     config = replace(SMALL, steps=8, eval_steps=2, max_nonfinite=3)
     val = validation_loader(splits[1], config, CPU)
-    trainer = Trainer(config, splits[0], CPU)
-    poison(trainer, monkeypatch, {3, 5, 6, 7})
+    run = Run(config, splits[0], CPU)
+    poison(run, monkeypatch, {3, 5, 6, 7})
     with (
         pytest.raises(TrainingError, match=r"step 7: the loss is not finite, on the images \[\d, \d\].*3 such steps"),
         pytest.warns(UserWarning, match="the step is skipped"),
     ):
-        train(trainer, val, tmp_path, {})
+        trained(run, val, tmp_path, {})
     assert checkpoint.load(tmp_path / "checkpoint.pt")["steps_done"] == 6
     assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 4
     assert len(list(tmp_path.glob("nonfinite_step*.pt"))) == 3  # tensors of the first ones only
 
 
 def test_an_overflow_of_float16_halves_the_scale(splits):
-    trainer = Trainer(replace(SMALL, amp="fp16"), splits[0], CPU)
-    advance(trainer, 1)
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
-    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**60})
-    [loss] = advance(trainer, 1)
-    assert math.isfinite(loss) and trainer.skipped == 0 and trainer.steps_done == 2
-    assert trainer.scaler.get_scale() == 2.0**59
-    torch.testing.assert_close(list(trainer.model.parameters()), before, rtol=0, atol=0)
+    run = Run(replace(SMALL, amp="fp16"), splits[0], CPU)
+    advance(run, 1)
+    before = [parameter.clone() for parameter in run.learner.model.parameters()]
+    run.learner.scaler.load_state_dict(run.learner.scaler.state_dict() | {"scale": 2.0**60})
+    [loss] = advance(run, 1)
+    assert math.isfinite(loss) and run.skipped == 0 and run.steps_done == 2
+    assert run.learner.scaler.get_scale() == 2.0**59
+    torch.testing.assert_close(list(run.learner.model.parameters()), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("augment", ["official", "tiny"])  # images read when they are wanted, and kept in memory
@@ -137,23 +132,23 @@ def test_an_image_that_is_truncated_while_training_is_replaced(splits, tmp_path,
     split = load_split(tmp_path / "data", "train")
     broken = split.images[4]
     broken.path.write_bytes(broken.path.read_bytes()[:-500])
-    trainer = Trainer(config, split, CPU, workers=0)
-    assert (trainer.dataset.cache is None) == (augment == "official")
+    run = Run(config, split, CPU, workers=0)
+    assert (run.dataset.cache is None) == (augment == "official")
     val = validation_loader(splits[1], config, CPU)
     with pytest.warns(UserWarning, match=f"image {broken.image_id}: {broken.path}: not a readable image") as caught:
-        assert train(trainer, val, tmp_path / "run", {}) is not None
+        assert trained(run, val, tmp_path / "run", {}) is not None
     assert len([w for w in caught if "not a readable image" in str(w.message)]) == 1  # in two epochs
-    assert len(trainer.unreadable) == 1
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["unreadable"] == trainer.unreadable
+    assert len(run.unreadable) == 1
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["unreadable"] == run.unreadable
 
     second = split.images[1]
     second.path.write_bytes(second.path.read_bytes()[:-500])
-    trainer = Trainer(config, split, CPU, workers=1)
+    run = Run(config, split, CPU, workers=1)
     with (
         pytest.raises(TrainingError, match=r"step \d: 2 image files cannot be read, and max_unreadable is 1; "),
         pytest.warns(UserWarning, match="not a readable image"),
     ):
-        advance(trainer, 7)
+        advance(run, 7)
 
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
@@ -180,9 +175,8 @@ from pathlib import Path
 from detr import checkpoint, run_folder
 from detr.config import Config
 from detr.data import validation_loader
-from detr.load import load_split
-from detr.engine import train
-from detr.trainer import Trainer
+from detr.splits import load_split
+from detr.run import Run
 torch.set_num_threads(1)
 root, out, cpu = Path(sys.argv[1]), Path(sys.argv[2]), torch.device("cpu")
 config = Config.from_dict(eval(sys.argv[3]))
@@ -197,7 +191,7 @@ def kill_in_the_middle(content, file):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = kill_in_the_middle
-train(Trainer(config, split, cpu), validation_loader(val, config, cpu), out, {"data": str(root)})
+Run(config, split, cpu).train(validation_loader(val, config, cpu), out, {"data": str(root)})
 """
 
 
@@ -213,10 +207,10 @@ def test_killed_while_a_checkpoint_is_written_and_resumed(tmp_path):
     path = killed / "checkpoint.pt"
     state = checkpoint.load(path)
     assert state["steps_done"] == 2 and list(killed.glob(".detr-*.tmp"))
-    resumed = Trainer(config, split, CPU, fresh=False)
+    resumed = Run(config, split, CPU)
     resumed.load_state(state, path)
-    metrics = train(resumed, val, killed, {})
-    assert metrics == train(Trainer(config, split, CPU), val, straight, {})
+    metrics = trained(resumed, val, killed, {})
+    assert metrics == trained(Run(config, split, CPU), val, straight, {})
     torch.testing.assert_close(
         *(checkpoint.load(run / "checkpoint.pt")["model"] for run in (killed, straight)), rtol=0, atol=0
     )
@@ -228,28 +222,28 @@ def test_a_disk_that_fills_up(splits, tmp_path, monkeypatch):
     config = replace(SMALL, steps=4, eval_steps=2)
     val = validation_loader(splits[1], config, CPU)
     path = tmp_path / "checkpoint.pt"
-    step = Trainer.step
+    step = Run.step
 
-    def disk_is_full(trainer, batches, stop=False):
-        if trainer.steps_done == 3:  # a file may not grow beyond 100 kB from here on
+    def disk_is_full(run, batches, stop=False):
+        if run.steps_done == 3:  # a file may not grow beyond 100 kB from here on
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        return step(trainer, batches, stop)
+        return step(run, batches, stop)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    monkeypatch.setattr(Trainer, "step", disk_is_full)
+    monkeypatch.setattr(Run, "step", disk_is_full)
     try:
         with pytest.raises(OutputError, match=r"(best|checkpoint)\.pt: not written: File too large"):
-            train(Trainer(config, splits[0], CPU), val, tmp_path, {})
+            trained(Run(config, splits[0], CPU), val, tmp_path, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     monkeypatch.undo()
     assert not list(tmp_path.glob(".*.tmp"))
-    resumed = Trainer(config, splits[0], CPU)
+    resumed = Run(config, splits[0], CPU)
     resumed.load_state(checkpoint.load(path), path)
     assert resumed.steps_done == 2
-    assert train(resumed, val, tmp_path, {})["step"] == 4
+    assert trained(resumed, val, tmp_path, {})["step"] == 4
 
 
 def test_a_class_without_examples_and_images_without_objects(splits, tmp_path):
@@ -260,7 +254,7 @@ def test_a_class_without_examples_and_images_without_objects(splits, tmp_path):
     split = replace(splits[0], images=images, categories=categories)
     config = replace(SMALL, batch_size=1, steps=7, eval_steps=7)  # every other batch has no object
     val = validation_loader(replace(splits[1], categories=categories), config, CPU)
-    metrics = train(Trainer(config, split, CPU), val, tmp_path, {})
+    metrics = trained(Run(config, split, CPU), val, tmp_path, {})
     assert metrics["per_class"]["ghost"]["AP"] is None and metrics["per_class"]["ghost"]["boxes"] == 0
     assert not (tmp_path / "nonfinite.jsonl").exists()
 
@@ -271,5 +265,5 @@ def test_more_objects_than_queries(splits):
     crowded = replace(image, boxes=image.boxes[:1].repeat(many, 1), labels=image.labels[:1].repeat(many),
                       areas=image.areas[:1].repeat(many), crowd=torch.zeros(many, dtype=torch.bool))  # fmt: skip
     config = replace(SMALL, n_queries=300, batch_size=1, steps=2, two_stage=False)
-    trainer = Trainer(config, replace(splits[0], images=[crowded]), CPU)
-    assert all(math.isfinite(loss) for loss in advance(trainer, 2)) and trainer.skipped == 0
+    run = Run(config, replace(splits[0], images=[crowded]), CPU)
+    assert all(math.isfinite(loss) for loss in advance(run, 2)) and run.skipped == 0

@@ -18,7 +18,7 @@ from detr.config import DATA_FORMATS
 from detr.errors import DataError
 from detr.formats import FORMATS, open_dataset
 from detr.images import for_each
-from detr.load import divide, load_split, load_to_evaluate, read_parts
+from detr.splits import divide, load_split, load_to_evaluate, read_parts
 
 NAMES = ["coco", *data_formats.WRITERS]
 assert_same = data_formats.assert_same
@@ -77,7 +77,7 @@ def test_a_run_resumes_on_its_format(datasets, tmp_path, name, capsys):
     data.rename(tmp_path / "moved")
     assert main(["train", "--resume", str(tmp_path / "run"), "--data", str(tmp_path / "moved")]) == 0
     assert main(["train", "--resume", str(tmp_path / "run"), "--format", "coco"]) == 1
-    assert "--resume continues the run as it was: format cannot be changed" in capsys.readouterr().err
+    assert "resume: the run goes on as it was: format cannot be changed" in capsys.readouterr().err
 
 
 def test_two_formats_in_one_folder(datasets, tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_what_is_held_out_is_told_and_checked(datasets, tmp_path, capsys):
     assert (kept["val_fraction"], kept["split_seed"]) == (0.5, 7)
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert main(["train", "--resume", str(tmp_path / "run"), "--split-seed", "0"]) == 1
-    assert "--resume continues the run as it was: split_seed cannot be changed" in capsys.readouterr().err
+    assert "resume: the run goes on as it was: split_seed cannot be changed" in capsys.readouterr().err
 
 
 def test_a_held_out_part_without_objects(datasets, tmp_path):

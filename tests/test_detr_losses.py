@@ -8,16 +8,16 @@ import pytest
 import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from detr.config import preset
 from detr.losses import Criterion
 from detr.matcher import Matcher
+from detr.presets import preset
 
-FOCAL = preset(
-    "tiny", two_stage=False, cost_class=1.5, cost_bbox=4.0, cost_giou=3.0, loss_ce=1.2, loss_bbox=6.0, loss_giou=0.7
-)
-TWO_STAGE = preset("tiny", focal_alpha=0.3)
-VARIFOCAL = preset("tiny", class_loss="varifocal", loss_ce=0.8)
-SOFTMAX = preset("tiny", two_stage=False, class_loss="softmax", eos_weight=0.2)
+WEIGHTS = {"cost_class": 1.5, "cost_bbox": 4.0, "cost_giou": 3.0, "loss_ce": 1.2, "loss_bbox": 6.0, "loss_giou": 0.7}
+TWO_LAYERS = {"dec_layers": 2, "denoising": 0}
+FOCAL = preset("tiny", two_stage=False, **TWO_LAYERS, **WEIGHTS)
+TWO_STAGE = preset("tiny", focal_alpha=0.3, **TWO_LAYERS)
+VARIFOCAL = preset("tiny", class_loss="varifocal", loss_ce=0.8, **TWO_LAYERS)
+SOFTMAX = preset("tiny", two_stage=False, class_loss="softmax", eos_weight=0.2, **TWO_LAYERS)
 K, N = 3, 5
 
 
@@ -130,7 +130,7 @@ def test_every_loss_by_the_formula(config):
         one_class = [{"labels": 0 * target["labels"], "boxes": target["boxes"]} for target in targets]
         expected["_enc"] = (outputs["proposals"], one_class)
     names = [f"loss_{kind}{suffix}" for kind in ("ce", "bbox", "giou") for suffix in expected]
-    assert sorted(losses) == sorted(names)
+    assert sorted(losses) == sorted(names) and list(losses) == Criterion(config, K).names
     for suffix, (prediction, wanted) in expected.items():
         values = [losses[f"loss_{kind}{suffix}"].item() for kind in ("ce", "bbox", "giou")]
         assert values == pytest.approx(expected_losses(prediction, wanted, config, num_boxes=10), rel=1e-5)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from detr.boxes import inverse_sigmoid
-from detr.config import PRESETS, preset
+from detr.learner import Learner, param_groups
 from detr.losses import Criterion
-from detr.model import GroupNorm, build_model, param_groups
+from detr.model import GroupNorm, build_model
+from detr.presets import PRESETS, preset
 from detr.transformer import Transformer
 
 VARIANTS = {
@@ -106,6 +107,8 @@ def test_param_groups_have_the_rates_of_the_original(two_stage):
 def test_rate_zero_freezes_the_backbone():
     config = preset("tiny", two_stage=False, lr_backbone=0)
     model = build_model(config, 3)
+    assert all(parameter.requires_grad for parameter in model.backbone.parameters())
+    Learner(model, config)
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert [group["name"] for group in param_groups(model, config)] == ["rest", "offsets"]
 

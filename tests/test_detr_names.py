@@ -12,7 +12,8 @@ import torch
 from user_files import SMALL
 
 from detr.cli import main
-from detr.output import Folder, OutputError, claim_file
+from detr.errors import OutputError
+from detr.output import Folder, claim_file
 
 torch.set_num_threads(1)  # test processes share the cores
 

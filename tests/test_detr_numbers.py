@@ -13,18 +13,18 @@ import torch
 import torch._inductor.config
 from user_files import SMALL
 
-from detr import cli, flags
-from detr.checkpoint import CheckpointError, config_of
+from detr import Detector, cli, flags
+from detr.checkpoint import config_of
 from detr.cli import main
-from detr.config import BATCH, Config, preset
+from detr.config import BATCH, Config
 from detr.data import validation_loader
+from detr.errors import ArgumentError, CheckpointError
 from detr.evaluate import detect
-from detr.export import export_model
-from detr.load import load_split
 from detr.model import build_model
+from detr.presets import preset, scaled_preset
+from detr.run import Run
+from detr.splits import load_split
 from detr.synth import write_dataset
-from detr.trainer import Trainer, TrainingError
-from detr.weights import export_weights
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
@@ -71,11 +71,11 @@ def splits(data):
 
 def run_a_step(config, splits):
     """A step and an evaluation of a run, which is valid if both give numbers."""
-    trainer = Trainer(config, splits[0], CPU, workers=0)
-    loss = trainer.step(next(trainer.batches()))
+    trainer = Run(config, splits[0], CPU, workers=0)
+    loss = trainer.step(next(trainer.batches())).loss
     assert math.isfinite(loss) and trainer.skipped == 0 and trainer.steps_done == 1
-    assert all(math.isfinite(group["lr"]) for group in trainer.optimizer.param_groups)
-    detections, _ = detect(trainer.evaluated_model, validation_loader(splits[1], config, CPU, 0), CPU)
+    assert all(math.isfinite(group["lr"]) for group in trainer.learner.optimizer.param_groups)
+    detections, _ = detect(trainer.learner.evaluated_model, validation_loader(splits[1], config, CPU, 0), CPU)
     assert all(found["boxes"].isfinite().all() for found in detections.values())
 
 
@@ -230,7 +230,7 @@ def test_arguments_that_are_refused_in_one_line(arguments, message, capsys):
         (["--set", "recipe=[]"], "recipe: expected one of official, finetune, tiny, got a list"),
         (["--set", "name=5"], "config: name: expected a text of 1 to 100 printable characters, got 5"),
         (["--set", "=5"], "config: unknown field ''"),
-        *((["--device", name], "--device: expected one of cpu") for name in
+        *((["--device", name], "device: expected one of cpu") for name in
           ("xpu:9", "mps:9", "meta", "cuda:99", "cpu:7", "hpu", "abacus", "", "cuda:99999999999")),
     ],
 )  # fmt: skip
@@ -244,7 +244,8 @@ def test_training_that_is_refused(more, message, data, tmp_path, capsys):
 
 def test_a_recipe_is_more_than_its_name(capsys):
     def of(*arguments):
-        return flags.new_config(cli._parser().parse_args(["train", *arguments]))
+        options = cli._parser().parse_args(["train", *arguments])
+        return scaled_preset("tiny", **{"recipe": options.recipe} | flags.fields_of(options))
 
     assert of("--set", "recipe=finetune") == of("--recipe", "finetune") == preset("tiny", "finetune")
     assert preset("tiny", recipe="finetune") == preset("tiny", "finetune")
@@ -260,8 +261,8 @@ def test_a_backend_that_cannot_run_here(name, splits, monkeypatch):
     config = replace(BASE, compile=True) if name == "compile" else replace(BASE, backend=name)
     expected = "backend: 'triton' needs" if name == "triton" else f"{name}.* needs a C\\+\\+ compiler"
     no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    with no_compiler, pytest.raises(TrainingError, match=expected):
-        Trainer(config, splits[0], CPU, workers=0)
+    with no_compiler, pytest.raises(ArgumentError, match=expected):
+        Run(config, splits[0], CPU, workers=0)
 
 
 def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
@@ -270,11 +271,12 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
     model = build_model(config, 2)
     with torch.no_grad():
         model.transformer.level_embed[1, 2] = math.inf
-    for layout in ("official", "hf"):
-        with pytest.raises(ValueError, match=r"level_embed: expected finite numbers, got NaN or infinity"):
-            export_weights(model, tmp_path / layout, layout, ["a", "b"])
-    with pytest.raises(ValueError, match=r"^transformer.level_embed: expected finite numbers"):
-        export_model(model, tmp_path / "a.onnx", "onnx", (64, 64), ["a", "b"])
+    detector = Detector(model, config, {1: "a", 2: "b"}, Path("run/best.pt"), {})
+    for to in ("official", "hf", "onnx"):
+        with pytest.raises(
+            CheckpointError, match=r"^run/best\.pt: transformer\.level_embed: expected finite numbers"
+        ):
+            detector.export(tmp_path / "a.onnx", to)
     assert not list(tmp_path.iterdir())
 
 

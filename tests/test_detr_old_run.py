@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr import checkpoint
+from detr import checkpoint, load
 from detr.cli import main
 from detr.data import validation_loader
-from detr.load import load_split
+from detr.splits import load_split
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run_of_ccff825"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -23,14 +23,14 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_logits_and_boxes(backend):
     cpu = torch.device("cpu")
-    model, config, classes = checkpoint.load_model(FIXTURE / "run" / "checkpoint.pt", cpu)
-    for module in model.modules():
+    detector = load(FIXTURE / "run" / "checkpoint.pt", cpu)
+    for module in detector.model.modules():
         if hasattr(module, "backend"):
             module.backend = backend
-    split = load_split(FIXTURE / "dataset", "val", classes)
-    [(images, mask, _)] = validation_loader(split, config, cpu, 0)
+    split = load_split(FIXTURE / "dataset", "val", dict(zip(detector.category_ids, detector.classes, strict=True)))
+    [(images, mask, _)] = validation_loader(split, detector.config, cpu, 0)
     with torch.no_grad():
-        outputs = model(images, mask)
+        outputs = detector.model(images, mask)
     for name in ("logits", "boxes"):
         torch.testing.assert_close(outputs[name], torch.tensor(EXPECTED[name]), rtol=0, atol=1e-5)
 

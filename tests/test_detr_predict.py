@@ -6,35 +6,15 @@ import os
 import numpy as np
 import pytest
 import torch
+from one_box import OneBoxAQuarter, detector_of
 from PIL import Image
-from torch import nn
 
-from detr.config import preset
-from detr.errors import DataError
+from detr.errors import DataError, OutputError
 from detr.model import build_model
-from detr.output import OutputError
-from detr.predict import find_images, predict
+from detr.predict import find_images, write_predictions
+from detr.presets import preset
 
-CONFIG = preset("tiny", image_size=32, max_size=48)
-CATEGORIES = {3: "ant", 90: "zebra"}
-
-
-class OneBoxAQuarter(nn.Module):
-    """Always sees an ant of score 0.8 in the middle and a zebra of score 0.3 in the upper left quarter."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def forward(self, images, mask):
-        assert not mask.any()
-        self.shapes.append(tuple(images.shape))
-        scores = torch.tensor([[[0.8, 0.01], [0.02, 0.3]]]).repeat(len(images), 1, 1)
-        boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.5, 0.5]]]).repeat(len(images), 1, 1)
-        return {"logits": scores.logit(), "boxes": boxes}
-
-
-MODEL = OneBoxAQuarter(), CONFIG, CATEGORIES
+DETECTOR = detector_of(OneBoxAQuarter())
 
 
 def touch(root, *names):
@@ -124,7 +104,7 @@ def test_the_picture_gets_a_suffix_that_can_be_written(tmp_path, name):
     touch(tmp_path, "a.JPG")
     Image.new("RGB", (80, 40)).save(tmp_path / name, "PNG")
     inputs = [str(tmp_path / each) for each in ("a.JPG", name)]
-    results, failed = predict(*MODEL, find_images(inputs), tmp_path / "out", 0.5, torch.device("cpu"))
+    results, failed = write_predictions(DETECTOR, find_images(inputs), tmp_path / "out", 0.5)
     assert failed == [] and [result["file"] for result in results] == inputs
     assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix not in (".json", ".jsonl")} == {
         *("a.JPG", f"{name}.png")
@@ -151,7 +131,7 @@ def test_the_json_comes_before_the_pictures(tmp_path, monkeypatch):
 
     monkeypatch.setattr("detr.predict.picture_of", fails)
     with pytest.raises(KeyboardInterrupt):
-        predict(*MODEL, find_images([str(tmp_path)]), tmp_path / "out", 0.5, torch.device("cpu"))
+        write_predictions(DETECTOR, find_images([str(tmp_path)]), tmp_path / "out", 0.5)
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [len(result["detections"]) for result in results] == [1, 1]
 
@@ -159,11 +139,11 @@ def test_the_json_comes_before_the_pictures(tmp_path, monkeypatch):
 def test_no_picture_of_an_earlier_call_stays_beside_the_new_json(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", "b.png", "c.png")
     images = find_images([str(tmp_path)])
-    assert predict(*MODEL, images, tmp_path / "out", 0.5, torch.device("cpu"))[1] == []
+    assert write_predictions(DETECTOR, images, tmp_path / "out", 0.5)[1] == []
     (tmp_path / "b.png").write_text("no image")
     Image.new("RGB", (66000, 1)).save(tmp_path / "c.png")
     images[2] = (tmp_path / "c.png", images[2][1].with_suffix(".jpg"))  # of at most 65500 pixels
-    results, failed = predict(*MODEL, images, tmp_path / "out", 0.5, torch.device("cpu"))
+    results, failed = write_predictions(DETECTOR, images, tmp_path / "out", 0.5)
     assert [result["file"] for result in results] == [str(tmp_path / name) for name in ("a.png", "c.png")]
     assert failed[0].startswith(f"{tmp_path / 'b.png'}: not a readable image")
     assert failed[1].startswith(f"{tmp_path / 'c.png'}: no picture of it: 66000x1 pixels, which Pillow does not write")
@@ -171,7 +151,7 @@ def test_no_picture_of_an_earlier_call_stays_beside_the_new_json(tmp_path, monke
     # what somebody put there is not removed
     (tmp_path / "out" / "b.png").write_text("mine")
     with pytest.raises(OutputError, match=r"out/b\.png: is there already"):
-        predict(*MODEL, images, tmp_path / "out", 0.5, torch.device("cpu"))
+        write_predictions(DETECTOR, images, tmp_path / "out", 0.5)
     assert (tmp_path / "out" / "b.png").read_text() == "mine"
 
 
@@ -180,7 +160,7 @@ def test_predictions_in_numbers(tmp_path, threshold, names):
     touch(tmp_path, "in/sub/a.png", "in/b.jpg")
     model, out = OneBoxAQuarter(), tmp_path / "out"
     images = find_images([str(tmp_path / "in")])
-    results, unreadable = predict(model, CONFIG, CATEGORIES, images, out, threshold, torch.device("cpu"))
+    results, unreadable = write_predictions(detector_of(model), images, out, threshold)
     assert unreadable == []
     assert model.shapes == [(1, 3, 24, 48)] * 2  # 80x40 pixels: the long side decides
     assert json.loads((out / "predictions.json").read_text()) == results
@@ -199,9 +179,7 @@ def test_predictions_in_numbers(tmp_path, threshold, names):
 def test_an_unreadable_file_does_not_stop_the_others(tmp_path):
     touch(tmp_path, "a.png", "c.png")
     (tmp_path / "b.png").write_text("no image")
-    results, unreadable = predict(
-        OneBoxAQuarter(), CONFIG, CATEGORIES, find_images([str(tmp_path)]), tmp_path / "out", 0.5, torch.device("cpu")
-    )
+    results, unreadable = write_predictions(DETECTOR, find_images([str(tmp_path)]), tmp_path / "out", 0.5)
     assert [result["file"] for result in results] == [str(tmp_path / "a.png"), str(tmp_path / "c.png")]
     [message] = unreadable
     assert message.startswith(f"{tmp_path / 'b.png'}: not a readable image")
@@ -212,7 +190,7 @@ def test_batches_hold_images_of_one_size_and_results_keep_their_order(tmp_path):
         Image.fromarray(np.full((40, 80 if i != 2 else 60, 3), 60, np.uint8)).save(tmp_path / f"{i}.png")
     model = OneBoxAQuarter()
     images = find_images([str(tmp_path)])
-    results, _ = predict(model, CONFIG, CATEGORIES, images, tmp_path / "out", 0.5, torch.device("cpu"), batch_size=3)
+    results, _ = write_predictions(detector_of(model), images, tmp_path / "out", 0.5, batch_size=3)
     assert model.shapes == [(3, 3, 24, 48), (1, 3, 32, 48), (1, 3, 24, 48)] or model.shapes == [
         (3, 3, 24, 48),
         (1, 3, 24, 48),
@@ -240,7 +218,7 @@ def test_a_batch_gives_what_each_image_gives_alone(tmp_path, name):
     outputs = []
     model.register_forward_hook(lambda module, args, output: outputs.append((len(args[0]), output)))
     found = [
-        predict(model, config, CATEGORIES, images, tmp_path / "out", 0.0, torch.device("cpu"), batch_size)[0]
+        write_predictions(detector_of(model, config), images, tmp_path / "out", 0.0, batch_size)[0]
         for batch_size in (1, 4)
     ]
     assert sorted(n for n, _ in outputs) == [1] * 7 + [3]

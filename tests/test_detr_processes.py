@@ -19,12 +19,12 @@ from user_files import SMALL
 
 from detr import checkpoint, run_folder
 from detr.cli import main
-from detr.config import preset
 from detr.data import DetectionDataset, TrainingStream, validation_loader
-from detr.errors import DataError
-from detr.load import load_split
+from detr.errors import DataError, TrainingError
+from detr.presets import preset
+from detr.run import Run
+from detr.splits import load_split
 from detr.synth import write_dataset
-from detr.trainer import Trainer, TrainingError
 from detr.transforms import training_transform
 
 CPU = torch.device("cpu")
@@ -140,8 +140,8 @@ def test_an_unexpected_exception(data, tmp_path, monkeypatch, capsys):
     def bug(*_, **__):
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr("detr.evaluate.evaluate", bug)
-    monkeypatch.setattr("detr.engine.detect", bug)
+    monkeypatch.setattr("detr.detector.evaluate", bug)
+    monkeypatch.setattr("detr.run.detect", bug)
     for arguments, folder in (
         (["eval", "--data", str(data), "--checkpoint", str(out / "best.pt")], tmp_path),
         (["train", "--resume", str(out), "--device", "cpu"], out),
@@ -155,7 +155,7 @@ def test_an_unexpected_exception(data, tmp_path, monkeypatch, capsys):
         text = Path(line.split("the traceback in ")[1].removesuffix(")")).read_text()
         assert text.startswith("Traceback (most recent call last)") and "in bug" in text
     # a fault without a message; and a disk without room for the traceback
-    monkeypatch.setattr("detr.evaluate.evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr("detr.detector.evaluate", lambda *_: 1 / 0)
     monkeypatch.setattr("tempfile.mkstemp", lambda *_, **__: Path("/proc/none/x").touch())
     assert main(["eval", "--data", str(data), "--checkpoint", str(out / "best.pt")]) == 70
     [line] = error_lines(capsys.readouterr())
@@ -176,7 +176,7 @@ def test_a_device_without_room(data, tmp_path, monkeypatch, capsys, kind, text):
     def full(*_, **__):
         raise kind(f"{text}\nmore")
 
-    monkeypatch.setattr(Trainer, "step", full)
+    monkeypatch.setattr(Run, "step", full)
     assert main(train(data, tmp_path / "run", "--steps", "1")) == 1
     [line] = error_lines(capsys.readouterr())
     assert line == f"detr train: error: not enough memory: {text}; fewer or smaller images need less"
@@ -186,7 +186,7 @@ def test_a_thread_that_fails_and_a_full_disk(data, tmp_path, capsys):
     """TensorBoard writes in a thread of its own."""
     from user_files import full_disk
 
-    write = Trainer.step
+    write = Run.step
 
     def step(trainer, batches, stop=False):
         if trainer.steps_done == 2:
@@ -194,7 +194,7 @@ def test_a_thread_that_fails_and_a_full_disk(data, tmp_path, capsys):
         return write(trainer, batches, stop)
 
     with contextlib.ExitStack() as held, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
+        patch.setattr(Run, "step", step)
         assert main(train(data, tmp_path / "run", "--steps", "20", "--set", "eval_steps=20")) == 1
     captured = capsys.readouterr()
     [line] = error_lines(captured)
@@ -212,7 +212,7 @@ def test_warnings_look_as_before_after_a_command(tmp_path):
 
 def test_a_loader_process_that_is_killed(data, monkeypatch):
     monkeypatch.setattr(DetectionDataset, "_read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    trainer = Trainer(OFFICIAL, load_split(data, "train"), CPU, workers=1)
+    trainer = Run(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     with pytest.raises(TrainingError, match=r"^step 0: DataLoader worker .*; fewer --workers need less memory$"):
         next(trainer.batches())
 
@@ -222,7 +222,7 @@ def test_a_loader_process_without_memory(data, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(DetectionDataset, "_read", full)
-    trainer = Trainer(OFFICIAL, load_split(data, "train"), CPU, workers=1)
+    trainer = Run(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     with pytest.raises(
         TrainingError, match=r"^step 0: RuntimeError: .*can't allocate memory; fewer --workers need less"
     ):
@@ -234,7 +234,7 @@ def test_a_loader_process_that_finds_no_image(data, monkeypatch):
         raise DataError("a.json: image 3: a.jpg: not a readable image: broken")
 
     monkeypatch.setattr(DetectionDataset, "_read", damaged)
-    trainer = Trainer(OFFICIAL, load_split(data, "train"), CPU, workers=1)
+    trainer = Run(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     message = r"^6 images one after the other cannot be read, the first: a\.json: image 3: a\.jpg: not a readable image"
     with pytest.raises(DataError, match=message) as error:
         next(trainer.batches())
@@ -244,15 +244,15 @@ def test_a_loader_process_that_finds_no_image(data, monkeypatch):
 FAULTY_RANK = """
 import os, signal, sys
 from detr import cli
-from detr.trainer import Trainer, TrainingError
-step = Trainer.step
+from detr.run import Run
+step = Run.step
 def faulty(trainer, batches, stop=False):
     if trainer.rank == 1 and trainer.steps_done == 2:
         if os.environ["HOW"] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise {"failed": TrainingError, "bug": LookupError}[os.environ["HOW"]]("no more")
     return step(trainer, batches, stop)
-Trainer.step = faulty
+Run.step = faulty
 sys.exit(cli.main(sys.argv[1:]))
 """
 

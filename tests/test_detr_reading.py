@@ -80,7 +80,7 @@ def test_a_run_goes_on_as_it_began(data, run, capsys):
     assert (kept["exif"], kept["large_images"]) == ("ignore", True)
     for flags in (["--exif", "turn"], ["--large-images"]):
         assert main(["train", "--resume", str(run), *flags]) == 1
-        assert "--resume continues the run as it was: " in capsys.readouterr().err
+        assert "resume: the run goes on as it was: " in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 0
     assert "in doubt" not in capsys.readouterr().err
 

@@ -15,10 +15,10 @@ from user_files import SMALL, assert_nothing_lost, snapshot
 
 from detr import checkpoint, record
 from detr.cli import main
-from detr.load import load_split
 from detr.output import MANIFEST
+from detr.run import Run
 from detr.split import Images, difference
-from detr.trainer import Trainer
+from detr.splits import load_split
 from detr.visualize import plot_curves
 
 torch.set_num_threads(1)  # test processes share the cores
@@ -191,7 +191,7 @@ def test_lines_of_metrics_that_hold_no_numbers(tmp_path, line):
     record._forget_after(path, 5)
     assert path.read_text() == before  # somebody wrote it
     assert record.metrics_of(path) == [{"step": 1, "epoch": 0.5, "loss": 2.5}]
-    assert plot_curves(path).startswith(b"\x89PNG")
+    assert plot_curves(record.metrics_of(path)).startswith(b"\x89PNG")
 
 
 def test_a_copy_of_hard_links_stays_as_it_was(work):
@@ -254,8 +254,8 @@ def test_notes_in_metrics_stay(work):
 def test_a_run_whose_first_steps_overflowed(work, tmp_path, monkeypatch):
     """Steps that fp16 skips leave the optimiser without a state."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**60))
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda trainer, batches, stop=False: step(trainer, batches, stop=True))
+    step = Run.step
+    monkeypatch.setattr(Run, "step", lambda run, batches, stop=False: step(run, batches, stop=True))
     flags = ["--steps", "2", "--amp", "fp16", "--device", "cpu", *SMALL]
     assert main(["train", "--data", str(work / "data"), "--out", str(work / "new"), *flags]) == 130
     assert not checkpoint.load(work / "new" / "checkpoint.pt")["optimizer"]["state"]
@@ -336,7 +336,7 @@ def test_a_manifest_that_is_a_link(work, capsys):
 def test_accept_is_for_a_resume(work, capsys):
     arguments = ["train", "--data", str(work / "data"), "--accept-changed-data", "--out", str(work / "new"), *SMALL]
     assert main(arguments) == 1
-    assert "--accept-changed-data: expected --resume beside it" in last_line(capsys)
+    assert "accept_changed_data: expected resume beside it" in last_line(capsys)
 
 
 def test_files_of_somebody_else_in_the_folder_of_a_checkpoint(work, capsys):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from detr.config import preset
 from detr.model import build_model
+from detr.presets import preset
 from detr.sampling import draw_sampling_points, sampling_points
 from msda_triton import ms_deform_attn
 

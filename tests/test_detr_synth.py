@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from detr.formats import open_dataset
-from detr.load import read_part
+from detr.splits import read_part
 from detr.synth import CLASSES, draw_image, draw_large, write_dataset
 
 

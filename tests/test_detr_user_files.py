@@ -12,9 +12,10 @@ from user_files import SMALL, assert_nothing_lost, full_disk, read_only, snapsho
 
 from detr import checkpoint, demo
 from detr.cli import main
-from detr.config import preset
+from detr.errors import OutputError
 from detr.model import build_model
-from detr.output import MANIFEST, Folder, OutputError
+from detr.output import MANIFEST, Folder
+from detr.presets import preset
 
 torch.set_num_threads(1)  # test processes share the cores
 

@@ -14,7 +14,7 @@ from detr.cli import main
 from detr.errors import DataError
 from detr.formats import Given, open_dataset
 from detr.images import Reading
-from detr.load import load_split, read_part
+from detr.splits import load_split, read_part
 
 
 def thing(name="ant", corners=(16, 6, 25, 15), more=""):

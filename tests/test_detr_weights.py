@@ -15,8 +15,9 @@ from transformers.models.deformable_detr import modeling_deformable_detr
 from transformers.models.detr import modeling_detr
 
 from benchmarks.detector_step import ResNetLikeTimm
-from detr.config import Config, preset
+from detr.config import Config
 from detr.model import PRIOR_BIAS, build_model
+from detr.presets import preset
 from detr.weights import convert_weights, export_weights, load_weights
 
 SMALL = {"pretrained_backbone": False, "d_model": 64, "n_heads": 4, "ffn_dim": 96, "enc_layers": 2, "dec_layers": 3}
@@ -380,7 +381,7 @@ def test_bad_arguments(tmp_path):
     model = build_model(preset("tiny", two_stage=False, **TINY), 2)
     with pytest.raises(ValueError, match="class_names: expected 2 of them, got 1"):
         load_weights(model, tmp_path, ["cat"])
-    with pytest.raises(ValueError, match="layout: expected official or hf, got 'mmdet'"):
+    with pytest.raises(ValueError, match="to: expected official or hf, got 'mmdet'"):
         convert_weights(model, "mmdet")
     # what other code would run in another way
     resnet = {"backbone": "resnet18", "pretrained_backbone": False, "query_selection": "pure", "proposal_nms": 1.0}
@@ -392,7 +393,7 @@ def test_bad_arguments(tmp_path):
         ({"proposal_nms": 0.7}, "proposal_nms 0.7"),
     ):
         model = build_model(preset("tiny", **TINY | resnet | changes), 2)
-        with pytest.raises(ValueError, match=f"layout: hf has no model with {what}; onnx"):
+        with pytest.raises(ValueError, match=f"to: hf has no model with {what}; onnx"):
             convert_weights(model, "hf")
     for changes in ({}, {"two_stage": False, "query_selection": "mixed", "proposal_nms": 0.7}):
         assert convert_weights(build_model(preset("tiny", **TINY | resnet | changes), 2), "hf")

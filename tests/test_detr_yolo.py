@@ -11,7 +11,7 @@ from detr.cli import main
 from detr.errors import DataError
 from detr.formats import open_dataset
 from detr.images import Reading
-from detr.load import load_split, read_part
+from detr.splits import load_split, read_part
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from yolo_files import LINE, birds, fatal, image, write
 from detr.cli import main
 from detr.errors import DataError
 from detr.formats import open_dataset
-from detr.load import load_split, read_part
+from detr.splits import load_split, read_part
 
 
 @pytest.fixture

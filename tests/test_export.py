@@ -11,8 +11,8 @@ from attention import oracle
 
 from detr import checkpoint
 from detr.cli import main
-from detr.config import preset
 from detr.model import build_model
+from detr.presets import preset
 from msda_triton import MSDeformAttn
 
 SHAPES = [(5, 7), (3, 4)]

@@ -1,6 +1,7 @@
 """Who may import whom, and what an import needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 import msda_triton
+from detr.config import ModelConfig
+from detr.model import build_model
+from detr.packages import PACKAGES
+from detr.presets import preset
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,6 +134,70 @@ def test_the_detector_uses_public_names_only():
                 )
 
 
+def test_the_arrows_of_the_detector_only_go_down():
+    """Imports within functions count: what comes first here needs nothing that comes later."""
+    needs = {}
+    for path in (ROOT / "detr").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        needs[name] = {imported for imported, _ in imports(path)} - {name}
+    needs = {name: {module for module in needs if module in imported} - {"detr"} for name, imported in needs.items()}
+    needs["detr"] = {"detr.errors"}  # its other names are imported when they are asked for
+    done = set()
+    while done != set(needs):
+        free = {name for name in needs if name not in done and needs[name] <= done}
+        assert free, f"a circle among {sorted(set(needs) - done)}"
+        done |= free
+    # the way of a batch, and the commands on top
+    order = [f"detr.{name}" for name in ("config", "model", "learner", "run", "training", "cli")]
+    for i, name in enumerate(order):
+        assert not needs[name] & set(order[i:]), name
+
+
+def test_a_backbone_cannot_read_a_learning_rate():
+    for name in ("backbone", "transformer", "model", "position", "boxes"):
+        names = {imported for imported, _ in imports(ROOT / "detr" / f"{name}.py")}
+        assert "detr.config.Config" not in names and not names & {"detr.presets", "detr.learner", "detr.run"}, name
+    config = preset("tiny", lr=0.5)
+    seen = build_model(config, 2).config
+    assert type(seen) is ModelConfig and seen == config.model and not hasattr(seen, "lr_backbone")
+
+
+def test_the_public_names_of_the_detector():
+    code = """
+import sys
+import detr
+heavy = {"torch", "torchvision", "numpy", "scipy", "PIL", "matplotlib", "triton", "msda_triton"} & set(sys.modules)
+assert not heavy, heavy
+assert set(detr.__all__) <= set(dir(detr))
+for name in detr.__all__:
+    assert getattr(detr, name).__doc__, name
+assert callable(detr.load) and callable(detr.train)  # no module has taken a name away
+assert not hasattr(detr, "nothing")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (ROOT / "detr" / "py.typed").exists()
+
+
+def test_the_extra_of_the_detector_is_what_it_looks_for():
+    extra = re.search(r"^detr = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    named = {"pillow": "PIL", "pyyaml": "yaml"}
+    names = re.findall(r'"([a-z]+)>=', extra)
+    assert sorted(named.get(name, name) for name in names) == sorted(PACKAGES)
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--data", "x"], ["predict", "a.jpg", "--checkpoint", "b.pt"]])
+def test_without_the_extra_a_line_says_how_to_install_it(arguments):
+    hidden = "import sys; sys.modules['torchvision'] = sys.modules['tqdm'] = None; "
+    line = "not installed: torchvision, tqdm: pip install '.[detr]'"
+    code = f"{hidden}from detr.cli import main; sys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"detr: error: {line}\n")
+    code = f"{hidden}import detr; detr.load('x')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"detr.errors.MissingPackageError: {line}"
+
+
 def test_only_one_module_knows_that_there_are_formats():
     """Whatever comes after a `Split` must not depend on where it is from."""
     below = {"draft", "errors", "formats", "images", "problems", "progress", "split"}
@@ -137,4 +206,4 @@ def test_only_one_module_knows_that_there_are_formats():
         if path.parent.name == "formats":
             assert ours <= below, (path, ours - below)
         else:
-            assert "formats" not in ours or path.stem == "load", path
+            assert "formats" not in ours or path.stem == "splits", path

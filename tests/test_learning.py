@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import faster_rcnn, learning
 from detr.backbone import BatchNorm
-from detr.config import preset
+from detr.presets import preset
 from detr.synth import write_dataset
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from detr.formats import open_dataset
-from detr.load import read_part
+from detr.splits import read_part
 
 LINE = "0 0.5 0.5 0.25 0.5\n"
 

@@ -47,6 +47,12 @@ def dataset_of(flags: dict[str, Any], named: dict[str, tuple[Any, Any]] | None =
     return open_dataset(Path(flags["data"]), flags.get("format"), given, flags.get("format_before"))
 
 
+def hold_out_of(flags: dict[str, Any]) -> tuple[float, int] | None:
+    """(fraction, seed) of images held out for validation, from "val_fraction" and "split_seed"; None if not given."""
+    fraction, seed = flags.get("val_fraction"), flags.get("split_seed")
+    return None if fraction is None and seed is None else (fraction or VAL_FRACTION, seed or 0)
+
+
 def load_split(
     source: Dataset | Path,
     name: str = "train",

@@ -1,5 +1,6 @@
 """Training: resumed bit for bit, interruptible, and able to learn."""
 
+import contextlib
 import functools
 import json
 import math
@@ -10,17 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from detr_runs import advance, trained
 
-from detr import checkpoint, engine
-from detr.checkpoint import CheckpointError
-from detr.config import PRESETS, preset
+from detr import checkpoint, load
 from detr.data import validation_loader
-from detr.engine import evaluation_is_due, train
+from detr.errors import CheckpointError
 from detr.evaluate import evaluate
-from detr.load import load_split
 from detr.output import MANIFEST
+from detr.presets import PRESETS, preset
+from detr.record import StopOnSignal
+from detr.run import Run, lr_factor
+from detr.splits import load_split
 from detr.synth import write_dataset
-from detr.trainer import Trainer, lr_factor
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # test processes share the cores
@@ -43,11 +45,6 @@ def splits(tmp_path_factory):
     return train_split, load_split(root, "val", train_split.categories)
 
 
-def advance(trainer, steps):
-    batches = trainer.batches()
-    return [trainer.step(next(batches)) for _ in range(steps)]
-
-
 def assert_same_state(a, b):
     assert a.keys() == b.keys()
     for key in ("model", "ema"):
@@ -68,34 +65,34 @@ def assert_same_state(a, b):
 )
 def test_five_steps_and_five_more_are_ten(splits, tmp_path, changes):
     config = replace(SMALL, steps=10, **changes)
-    straight = Trainer(config, splits[0], CPU)
+    straight = Run(config, splits[0], CPU)
     losses = advance(straight, 10)
-    first = Trainer(config, splits[0], CPU)
+    first = Run(config, splits[0], CPU)
     begun = advance(first, 5)
     checkpoint.save(tmp_path / "a.pt", first.state())
     torch.rand(100)
-    second = Trainer(config, splits[0], CPU, workers=1)
+    second = Run(config, splits[0], CPU, workers=1)
     second.load_state(checkpoint.load(tmp_path / "a.pt"), tmp_path / "a.pt")
     assert begun + advance(second, 5) == losses
     assert_same_state(second.state(), straight.state())
     assert second.finished and list(second.batches()) == []
     # and the seed counts
-    other = Trainer(replace(config, seed=7), splits[0], CPU)
+    other = Run(replace(config, seed=7), splits[0], CPU)
     assert advance(other, 3) != losses[:3]
 
 
 def test_a_state_of_another_run_is_refused(splits, tmp_path):
-    trainer = Trainer(SMALL, splits[0], CPU)
+    run = Run(SMALL, splits[0], CPU)
     path = tmp_path / "a.pt"
     with pytest.raises(CheckpointError, match=r"a\.pt: optimizer: not in the file: only checkpoint\.pt can be resumed"):
-        trainer.load_state(trainer.weights(), path)
+        run.load_state(run.weights(), path)
     with pytest.raises(CheckpointError, match=r"train_images: of another dataset: expected 7, got 8"):
-        trainer.load_state(trainer.state() | {"train_images": 8}, path)
-    wider = Trainer(replace(SMALL, ffn_dim=64), splits[0], CPU)
+        run.load_state(run.state() | {"train_images": 8}, path)
+    wider = Run(replace(SMALL, ffn_dim=64), splits[0], CPU)
     with pytest.raises(
         CheckpointError, match=r"of another model: .*linear1\.weight: expected \[64, 32\], got \[32, 32\]"
     ):
-        wider.load_state(trainer.state(), path)
+        wider.load_state(run.state(), path)
 
 
 def rows(run):
@@ -109,38 +106,37 @@ def without_times(run):
 @pytest.fixture(scope="module")
 def straight_run(splits, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    assert (
-        train(Trainer(SMALL, splits[0], CPU), validation_loader(splits[1], SMALL, CPU), out, {"data": "x"}) is not None
-    )
+    assert trained(Run(SMALL, splits[0], CPU), validation_loader(splits[1], SMALL, CPU), out, {"data": "x"}) is not None
     return out
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(splits, tmp_path, straight_run, monkeypatch, signum):
-    step = Trainer.step
+    step = Run.step
 
-    def interrupted(trainer, batches, stop):
-        if trainer.steps_done == 12:
+    def interrupted(run, batches, stop):
+        if run.steps_done == 12:
             os.kill(os.getpid(), signum)
-            stop = True
-        return step(trainer, batches, stop)
+        return step(run, batches, stop)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(Run, "step", interrupted)
     val = validation_loader(splits[1], SMALL, CPU)
     handler = signal.getsignal(signum)
-    assert train(Trainer(SMALL, splits[0], CPU), val, tmp_path, {"data": "x"}) is None
+    with contextlib.closing(StopOnSignal()) as stop:
+        assert Run(SMALL, splits[0], CPU).train(val, tmp_path, {"data": "x"}, stop) is None
+        assert stop.received
     assert signal.getsignal(signum) is handler
     monkeypatch.undo()
     state = checkpoint.load(tmp_path / "checkpoint.pt")
-    assert state["steps_done"] == 13
+    assert state["steps_done"] == 14  # after the step that follows the signal
     assert not (tmp_path / "eval.json").exists() and (tmp_path / "curves.png").exists()
     # lines that a killed process wrote after its last checkpoint, the last one cut short
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 14, "loss": 1}\n{"step": 15, "lo')
+        file.write('{"step": 15, "loss": 1}\n{"step": 16, "lo')
 
-    resumed = Trainer(SMALL, splits[0], CPU)
+    resumed = Run(SMALL, splits[0], CPU)
     resumed.load_state(state, tmp_path / "checkpoint.pt")
-    metrics = train(resumed, val, tmp_path, {"data": "x"})
+    metrics = trained(resumed, val, tmp_path, {"data": "x"})
     assert without_times(tmp_path) == without_times(straight_run)
     assert metrics == json.loads((straight_run / "eval.json").read_text())
     assert_same_state(checkpoint.load(tmp_path / "checkpoint.pt"), checkpoint.load(straight_run / "checkpoint.pt"))
@@ -149,19 +145,19 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(splits, tmp_path, str
 
 
 def test_a_run_that_was_killed_after_its_last_step(splits, tmp_path, straight_run):
-    trainer = Trainer(SMALL, splits[0], CPU)
-    trainer.load_state(checkpoint.load(straight_run / "checkpoint.pt"), straight_run / "checkpoint.pt")
+    run = Run(SMALL, splits[0], CPU)
+    run.load_state(checkpoint.load(straight_run / "checkpoint.pt"), straight_run / "checkpoint.pt")
     for name in ("metrics.jsonl", MANIFEST):
         shutil.copy(straight_run / name, tmp_path)
-    metrics = train(trainer, validation_loader(splits[1], SMALL, CPU), tmp_path, {"data": "x"})
+    metrics = trained(run, validation_loader(splits[1], SMALL, CPU), tmp_path, {"data": "x"})
     assert metrics == json.loads((straight_run / "eval.json").read_text())
     assert rows(tmp_path) == rows(straight_run)
     assert (tmp_path / "predictions.png").exists()
 
 
 def test_metrics_are_means_over_the_steps(splits, straight_run):
-    trainer = Trainer(SMALL, splits[0], CPU)
-    losses = advance(trainer, 20)
+    run = Run(SMALL, splits[0], CPU)
+    losses = advance(run, 20)
     [row] = [row for row in rows(straight_run) if "loss" in row]
     assert row["step"] == 20 and row["epoch"] == round(40 / 7, 4)
     assert row["loss"] == pytest.approx(sum(losses) / 20, rel=1e-12)
@@ -178,21 +174,21 @@ def test_autocast_keeps_the_loss_close(splits, changes, amp):
     # which proposals are the best of two stages may hang on a rounding, and what is learned then on them; with mixed
     # queries their order counts too
     config = replace(SMALL, **PLAIN, dropout=0.0, **changes)
-    exact = advance(Trainer(config, splits[0], CPU), 3)
-    trainer = Trainer(replace(config, amp=amp), splits[0], CPU)
-    assert advance(trainer, 3) == pytest.approx(exact, rel=0.002)
-    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    exact = advance(Run(config, splits[0], CPU), 3)
+    run = Run(replace(config, amp=amp), splits[0], CPU)
+    assert advance(run, 3) == pytest.approx(exact, rel=0.002)
+    assert all(parameter.dtype == torch.float32 for parameter in run.learner.model.parameters())
 
 
 def test_a_skipped_step_leaves_the_running_statistics(splits):
-    trainer = Trainer(replace(SMALL, **LEARNS), splits[0], CPU)
-    batches = next(trainer.batches())
-    before = [tensor.clone() for tensor in trainer.statistics]
+    run = Run(replace(SMALL, **LEARNS), splits[0], CPU)
+    batches = next(run.batches())
+    before = [tensor.clone() for tensor in run.learner.statistics]
     batches[0][0][0, 0, 0, 0] = math.nan
-    assert math.isnan(trainer.step(batches)) and trainer.skipped == 1
-    assert len(before) == 16 and all(map(torch.equal, trainer.statistics, before))
-    trainer.step(next(trainer.batches()))
-    assert not any(map(torch.equal, trainer.statistics, before))
+    assert math.isnan(run.step(batches).loss) and run.skipped == 1
+    assert len(before) == 16 and all(map(torch.equal, run.learner.statistics, before))
+    run.step(next(run.batches()))
+    assert not any(map(torch.equal, run.learner.statistics, before))
 
 
 @pytest.mark.parametrize("class_loss", ["focal", "softmax"])
@@ -202,7 +198,7 @@ def test_accumulated_batches_are_one_batch(splits, class_loss):
         SMALL, dropout=0.0, batch_size=4, lr=1e-4, lr_backbone=1e-4, class_loss=class_loss, two_stage=False
     )
     config = replace(config, backbone="tiny")  # whose norms are of one image
-    at_once, parts = (Trainer(replace(config, accumulate=n), splits[0], CPU) for n in (1, 4))
+    at_once, parts = (Run(replace(config, accumulate=n), splits[0], CPU) for n in (1, 4))
     assert advance(parts, 5) == pytest.approx(advance(at_once, 5), rel=1e-5)
 
 
@@ -210,10 +206,10 @@ def test_gradient_checkpointing_changes_no_gradient(splits):
     config = replace(SMALL, dropout=0.3)
     runs = []
     for recompute in (False, True):
-        trainer = Trainer(replace(config, grad_checkpointing=recompute), splits[0], CPU)
+        run = Run(replace(config, grad_checkpointing=recompute), splits[0], CPU)
         calls = []
-        trainer.model.transformer.encoder.layers[0].linear1.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
-        runs.append((advance(trainer, 2), trainer.state()["model"], len(calls)))
+        run.learner.model.transformer.encoder.layers[0].linear1.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+        runs.append((advance(run, 2), run.state()["model"], len(calls)))
     assert runs[0][0] == runs[1][0]
     torch.testing.assert_close(runs[0][1], runs[1][1], rtol=0, atol=0)
     assert (runs[0][2], runs[1][2]) == (2, 4)  # once more in each backward
@@ -225,28 +221,28 @@ def test_compiled_without_a_graph_break(splits, monkeypatch):
     changes = {"enc_layers": 1, "dec_layers": 1, "dropout": 0.0, "augment": "official", "max_size": 100, "steps": 3}
     small = {name: getattr(SMALL, name) for name in ("d_model", "n_heads", "ffn_dim", "n_queries", "image_size")}
     config = preset("tiny", **small, **changes, n_levels=2, batch_size=2, grad_checkpointing=True, amp="bf16")
-    plain, compiled = (Trainer(replace(config, compile=flag), splits[0], CPU) for flag in (False, True))
+    plain, compiled = (Run(replace(config, compile=flag), splits[0], CPU) for flag in (False, True))
     assert len({batch[0].shape for [batch] in plain.batches()}) > 1
     assert advance(compiled, 3) == pytest.approx(advance(plain, 3), rel=1e-4)
 
 
 def test_averaged_weights_are_evaluated_and_kept(splits, tmp_path):
     config = replace(SMALL, steps=4, eval_steps=2, ema=0.5, dropout=0.0)
-    trainer = Trainer(config, splits[0], CPU)
+    run = Run(config, splits[0], CPU)
     name = "transformer.level_embed"
     averaged = None
-    for n, batches in enumerate(trainer.batches()):
-        trainer.step(batches)
-        current = trainer.model.state_dict()[name]
+    for n, batches in enumerate(run.batches()):
+        run.step(batches)
+        current = run.learner.model.state_dict()[name]
         decay = min(0.5, (1 + n) / (10 + n))
         averaged = current.clone() if n == 0 else decay * averaged + (1 - decay) * current
-    torch.testing.assert_close(trainer.ema.module.state_dict()[name], averaged)
+    torch.testing.assert_close(run.learner.average.module.state_dict()[name], averaged)
     val = validation_loader(splits[1], config, CPU)
-    metrics = train(Trainer(config, splits[0], CPU), val, tmp_path, {})
+    metrics = trained(Run(config, splits[0], CPU), val, tmp_path, {})
     for file in ("best.pt", "checkpoint.pt"):
         content = checkpoint.load(tmp_path / file)
         assert content["averaged"]
-        model, _, _ = checkpoint.load_model(tmp_path / file, CPU)
+        model = load(tmp_path / file, CPU).model
         if content["steps_done"] == 4:
             torch.testing.assert_close(model.state_dict()[name], averaged)
             assert evaluate(model, val, CPU)[0]["AP"] == metrics["AP"]
@@ -255,35 +251,35 @@ def test_averaged_weights_are_evaluated_and_kept(splits, tmp_path):
 
 def test_a_run_that_gets_no_better_ends_early(splits, tmp_path, monkeypatch):
     aps = iter([0.2, 0.3, 0.1, 0.3, 0.9])
-    validate = engine._validate
+    evaluate_run = Run.evaluate
 
-    def scripted(trainer, val):
-        detections, metrics, table = validate(trainer, val)
-        return detections, metrics | {"AP": next(aps)}, table
+    def scripted(run, val):
+        found = evaluate_run(run, val)
+        return replace(found, metrics=found.metrics | {"AP": next(aps)})
 
-    monkeypatch.setattr(engine, "_validate", scripted)
+    monkeypatch.setattr(Run, "evaluate", scripted)
     config = replace(SMALL, steps=10, eval_steps=1, patience=2)
     val = validation_loader(splits[1], config, CPU)
-    trainer = Trainer(config, splits[0], CPU)
-    metrics = train(trainer, val, tmp_path, {})
-    assert (trainer.steps_done, metrics["best_AP"], metrics["AP"]) == (4, 0.3, 0.3)
+    run = Run(config, splits[0], CPU)
+    metrics = trained(run, val, tmp_path, {})
+    assert (run.steps_done, metrics["best_AP"], metrics["AP"]) == (4, 0.3, 0.3)
     assert checkpoint.load(tmp_path / "best.pt")["steps_done"] == 2
     # it stays ended when it is resumed
-    resumed = Trainer(config, splits[0], CPU)
+    resumed = Run(config, splits[0], CPU)
     resumed.load_state(checkpoint.load(tmp_path / "checkpoint.pt"), tmp_path / "checkpoint.pt")
-    assert train(resumed, val, tmp_path, {})["AP"] == 0.9 and resumed.steps_done == 4
+    assert trained(resumed, val, tmp_path, {})["AP"] == 0.9 and resumed.steps_done == 4
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("tiny")])
 def test_every_preset_of_the_paper_trains(splits, name):
     config = preset(name, pretrained_backbone=False, image_size=64, max_size=107, batch_size=1, steps=1)
-    trainer = Trainer(config, splits[0], CPU, workers=0)
-    before = trainer.model.class_embed[0].weight.clone()
-    [loss] = advance(trainer, 1)
-    assert math.isfinite(loss) and trainer.skipped == 0 and trainer.finished
-    assert not torch.equal(trainer.model.class_embed[0].weight, before)
+    run = Run(config, splits[0], CPU, workers=0)
+    before = run.learner.model.class_embed[0].weight.clone()
+    [loss] = advance(run, 1)
+    assert math.isfinite(loss) and run.skipped == 0 and run.finished
+    assert not torch.equal(run.learner.model.class_embed[0].weight, before)
     one = replace(splits[1], images=splits[1].images[:1])
-    metrics, _ = evaluate(trainer.model, validation_loader(one, config, CPU, workers=0), CPU)
+    metrics, _ = evaluate(run.learner.model, validation_loader(one, config, CPU, workers=0), CPU)
     assert metrics["images"] == 1
 
 
@@ -298,9 +294,9 @@ def test_learning_rates():
 
 
 def test_the_groups_follow_the_schedule(splits):
-    trainer = Trainer(SMALL, splits[0], CPU)
-    advance(trainer, 2)
-    rates = {group["name"]: group["lr"] for group in trainer.optimizer.param_groups}
+    run = Run(SMALL, splits[0], CPU)
+    advance(run, 2)
+    rates = {group["name"]: group["lr"] for group in run.learner.optimizer.param_groups}
     assert rates["rest"] == pytest.approx(SMALL.lr * 3 / 5)
     assert rates["offsets"] == pytest.approx(SMALL.lr * 3 / 5 * SMALL.lr_offsets_mult)
 
@@ -312,11 +308,11 @@ def test_evaluations_by_steps_or_epochs(splits):
         ({"eval_steps": None, "eval_every": 3}, [11, 20]),
         ({"eval_steps": None, "eval_every": 2, "steps": None, "epochs": 4}, [7, 14]),
     ):
-        trainer = Trainer(replace(SMALL, **fields), splits[0], CPU)
+        run = Run(replace(SMALL, **fields), splits[0], CPU)
         due = []
-        for step in range(1, trainer.total_steps + 1):
-            trainer.steps_done = step
-            due += [step] * evaluation_is_due(trainer)
+        for step in range(1, run.total_steps + 1):
+            run.steps_done = step
+            due += [step] * run.evaluation_is_due
         assert due == expected
 
 
@@ -326,9 +322,9 @@ def test_eight_images_are_learned_by_heart(tmp_path):
     # noised boxes are others in every step; a score whose target is an IoU below 1 keeps a loss, here at the weight 1
     fields = {"image_size": 64, "max_size": 64, "augment": "tiny", "denoising": 0, "loss_ce": 1.0}
     config = preset("tiny", **fields, lr=2e-3, steps=240, warmup_steps=30)
-    trainer = Trainer(config, split, CPU)
-    losses = advance(trainer, 240)
-    metrics, _ = evaluate(trainer.model, validation_loader(split, config, CPU), CPU)
+    run = Run(config, split, CPU)
+    losses = advance(run, 240)
+    metrics, _ = evaluate(run.learner.model, validation_loader(split, config, CPU), CPU)
     assert metrics["images"] == 8
     assert losses[-1] < 0.05 * losses[0]
     assert metrics["AP"] >= 0.95
