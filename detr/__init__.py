@@ -21,7 +21,6 @@ from detr.errors import (
     MissingPackageError,
     NotFiniteError,
     OutputError,
-    ProcessError,
     TrainingError,
 )
 
@@ -59,7 +58,6 @@ __all__ = [
     "MissingPackageError",
     "NotFiniteError",
     "OutputError",
-    "ProcessError",
     "TrainingError",
     "load",
     "train",
@@ -72,8 +70,9 @@ def __getattr__(name: str) -> Any:
     from detr.packages import check_packages
 
     check_packages()
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

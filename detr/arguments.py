@@ -1,6 +1,7 @@
 """What the arguments of the commands and of the Python functions may be, said once. Imports no PyTorch."""
 
 import os
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,23 @@ NUMBERS = {
 CHOICES = {"format": DATA_FORMATS, "exif": ("turn", "ignore")}
 
 
-def check_arguments(**values: Any) -> None:
-    """Make sure that arguments of the names in NUMBERS and CHOICES are what they may be; None is not given.
+def checked(name: str, value: Any) -> Any:
+    """An argument of a name in NUMBERS or CHOICES, as a plain number or text; None, which is not given, stays None.
 
     Raises:
-        ArgumentError: names the first that is not.
+        ArgumentError: it is not what it may be.
     """
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name in NUMBERS:
-            kind, low, high = NUMBERS[name]
-            right = isinstance(value, int | kind) and not isinstance(value, bool) and low <= value <= high
-            expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
-        else:
-            right = value in CHOICES[name]
-            expected = f"one of {', '.join(CHOICES[name])}"
-        if not right:
-            raise ArgumentError(f"{name}: expected {expected}, got {short(value)}")
+    if value is None:
+        return None
+    if name in CHOICES:
+        if isinstance(value, str) and value in CHOICES[name]:
+            return str(value)
+        raise ArgumentError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {short(value)}")
+    kind, low, high = NUMBERS[name]
+    if isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool) and low <= value <= high:
+        return kind(value)
+    expected = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
+    raise ArgumentError(f"{name}: expected {expected}, got {short(value)}")
 
 
 def path_of(name: str, value: Any) -> Path:
@@ -47,9 +47,10 @@ def path_of(name: str, value: Any) -> Path:
     Raises:
         ArgumentError: it is no path, or empty.
     """
-    if not isinstance(value, str | os.PathLike) or not str(value):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
         raise ArgumentError(f"{name}: expected the name of a file or folder, got {short(value)}")
-    return Path(os.path.expanduser(value))
+    return Path(os.path.expanduser(text))
 
 
 def run_folder_of(out: Any, resume: Any) -> Path:
@@ -60,7 +61,7 @@ def run_folder_of(out: Any, resume: Any) -> Path:
     return path.parent if path.name == "checkpoint.pt" and not path.is_dir() else path
 
 
-def check_names(name: str, value: Any) -> list[str] | None:
+def names_of(name: str, value: Any) -> list[str] | None:
     """A list of texts that are all different, from an argument that may be a tuple, or None.
 
     Raises:
@@ -71,4 +72,4 @@ def check_names(name: str, value: Any) -> list[str] | None:
     texts = list(value) if isinstance(value, list | tuple) else []
     if not texts or not all(isinstance(text, str) and text for text in texts) or len(set(texts)) < len(texts):
         raise ArgumentError(f"{name}: expected a list of names, no two the same, got {short(value)}")
-    return texts
+    return list(map(str, texts))

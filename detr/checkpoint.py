@@ -141,6 +141,11 @@ def file_of(place: Path) -> Path:
     return next((file for name in ("best.pt", "checkpoint.pt") if (file := place / name).is_file()), place)
 
 
+def taken(place: Path, file: Path) -> str:
+    """A line that says so if `file`, of `file_of`, is not what was asked for."""
+    return f"{place}: a run, of which {file.name} is taken" if file != place else ""
+
+
 def written_by(path: Path) -> str | None:
     """Who a file of weights says wrote it; None for one that says nothing, and for every other file."""
     try:

@@ -305,7 +305,6 @@ def _convert(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from detr import distributed
     from detr.devices import device_of
-    from detr.record import StopOnSignal
     from detr.training import train
 
     fields = fields_of(options)
@@ -316,7 +315,7 @@ def _train(options: argparse.Namespace) -> int:
     with (
         distributed.joined(device_of(options.device)) as device,
         distributed.one_line_for_lost_processes(),
-        contextlib.closing(StopOnSignal()) as stop,
+        contextlib.closing(distributed.StopOnSignal()) as stop,
     ):
         detector = train(options.data, recipe=recipe, device=device, stop=stop, **given, **fields)
     return 130 if detector.stopped else 0
@@ -368,9 +367,10 @@ def _export(options: argparse.Namespace) -> int:
 
 def _detector(options: argparse.Namespace) -> Any:
     """The Detector of --checkpoint; a line says which file of a run was taken."""
+    from detr import checkpoint
     from detr.detector import load
 
     detector = load(options.checkpoint, options.device)
-    if detector.path != options.checkpoint:
-        print(f"{options.checkpoint}: a run, of which {detector.path.name} is taken")
+    if said := checkpoint.taken(options.checkpoint, detector.path):
+        print(said)
     return detector

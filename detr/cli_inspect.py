@@ -20,8 +20,8 @@ def run_inspection(options: argparse.Namespace) -> int:
             raise OutputError(f"{options.out}: expected a name that ends in one of {', '.join(MARKED)}")
         claim_file(options.out, "detr inspect")
     device, file = device_of(options.device), checkpoint.file_of(options.checkpoint)
-    if file != options.checkpoint:
-        print(f"{options.checkpoint}: a run, of which {file.name} is taken")
+    if said := checkpoint.taken(options.checkpoint, file):
+        print(said)
     content = checkpoint.load(file)
     model, config = checkpoint.model_of(content, file)
     model, categories = model.to(device).eval(), checkpoint.classes_of(content)

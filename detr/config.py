@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,9 @@ RECIPES = ("official", "finetune", "tiny")
 BACKENDS = ("auto", "triton", "torch", "inductor")
 SMALL_BACKBONES = ("tiny", "small")  # to train from scratch
 BACKBONES = (*SMALL_BACKBONES, "resnet18", "resnet34", "resnet50", "resnet101")
-# files of a whole model
 DATA_FORMATS = ("coco", "roboflow", "yolo", "voc")  # of datasets: the keys of detr.formats.FORMATS
 VAL_FRACTION = 0.2  # of the training images, held out where there is no split val
-FORMATS = ("onnx", "torch-export", "aoti")
+FORMATS = ("onnx", "torch-export", "aoti")  # files of a whole model
 # how attention appears in an ONNX file: as plain operators, or as the node that an inference engine has a plugin for
 NODES = ("plain", "tensorrt", "mmdeploy")
 
@@ -96,13 +96,15 @@ class ModelConfig:
     grad_checkpointing: bool = False  # recompute the transformer's layers in the backward: less memory, more time
 
     def __post_init__(self) -> None:
-        for declared in dataclasses.fields(self):
-            value = getattr(self, declared.name)
-            if type(value) is int and declared.type is float and _fits(declared, value):
-                object.__setattr__(self, declared.name, float(value))  # PyTorch's optimisers tell them apart
-        fault = self.fault({declared.name: getattr(self, declared.name) for declared in dataclasses.fields(self)})
+        values = {declared.name: getattr(self, declared.name) for declared in dataclasses.fields(self)}
+        fault = self.fault(values)
         if fault:
             raise ArgumentError(f"config: {fault}")
+        for declared in dataclasses.fields(self):
+            kind = int if declared.type == int | None else declared.type
+            # PyTorch's optimisers tell integers from floats, and a checkpoint holds no numbers of NumPy
+            if values[declared.name] is not None and type(values[declared.name]) is not kind:
+                object.__setattr__(self, declared.name, kind(values[declared.name]))
 
     @classmethod
     def fault(cls, values: dict[str, Any]) -> str | None:
@@ -156,7 +158,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """Model, loss, data and training of one run; only what trains or reads images sees all of it."""
+    """All of a run: its model, loss, data and training. `detr/config.py` explains each field beside it."""
 
     name: str = "deformable_detr_r50"  # the preset it came from, which `departures` compares it with
     pretrained_backbone: bool = True  # start from torchvision's ImageNet weights (ignored by the small backbones)
@@ -236,10 +238,10 @@ def _fits(declared: dataclasses.Field, value: Any) -> bool:
         return text and value in rule.get("choices", (value,))
     if value is None:
         return kind == int | None
-    if not isinstance(value, int) and not (isinstance(value, float) and kind is float):
+    if not isinstance(value, Real if kind is float else Integral):
         return False
     # NaN is neither
-    return rule["low"] <= value < rule["high"] or (value == rule["high"] and "below" not in rule)
+    return bool(rule["low"] <= value < rule["high"] or (value == rule["high"] and "below" not in rule))
 
 
 def _words(declared: dataclasses.Field) -> str:

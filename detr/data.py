@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detr import distributed
 from detr.config import Config
 from detr.errors import DataError
 from detr.images import for_each, read_image, to_tensor
@@ -195,7 +194,7 @@ def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tenso
     images, targets = zip(*samples, strict=True)
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    batch = torch.zeros(len(images), 3, height, width)
+    batch = torch.zeros(len(images), 3, height, width, dtype=torch.float32)
     mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for i, image in enumerate(images):
         batch[i, :, : image.shape[1], : image.shape[2]] = image
@@ -261,19 +260,25 @@ def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
 
 
 def validation_loader(
-    split: Split, config: Config, device: torch.device, workers: int | None = None, batch_size: int | None = None
+    split: Split,
+    config: Config,
+    device: torch.device,
+    workers: int | None = None,
+    batch_size: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Loader:
-    """The images of a split at the size of `config`, batches of one size; with several processes a share of them.
+    """The images of a split at the size of `config`, batches of one size.
 
     An image file that cannot be read becomes a black image, and "unreadable" in its target says why.
 
     Args:
         batch_size: images at a time; None takes as many as a process has at a time in training.
+        share: (rank, world): of `world` processes that divide the batches among them, those of process `rank`.
     """
     dataset = DetectionDataset(
         split, evaluation_transform(), (config.image_size, config.max_size), blank_unreadable=True
     )
-    rank, world = distributed.rank(), distributed.world_size()
+    rank, world = share
     batch_size = batch_size or max(1, config.batch_size // config.accumulated_batches(world) // world)
     batches = same_size_batches(dataset.sizes(range(len(dataset))), batch_size)
     return make_loader(dataset, batches[rank::world], device, workers)

@@ -2,29 +2,30 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
 
 from detr.errors import DataError, DetrError, MissingPackageError
-from detr.images import as_picture, draw_boxes
+from detr.images import AnyImage, as_picture, draw_boxes
 from detr.labels import drawable_names
 
 _SHOWN = 20  # rows of a text
 
 
 class Detection(NamedTuple):
-    """One object."""
+    """One object: `xyxy`, its box (x0, y0, x1, y1) in pixels of the image; `score`, 0 to 1; `label`, the number of its
+    class, from 0; and `name`, that of its class."""
 
-    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the image
-    score: float  # 0 to 1
-    label: int  # the number of the class, from 0
-    name: str  # of the class
+    xyxy: tuple[float, float, float, float]
+    score: float
+    label: int
+    name: str
 
 
 class Detections:
-    """The objects in one image, best score first.
+    """The objects in one image, best score first; `Detector.predict` makes it.
 
     `len(found)` is their number N, `found[0]` and a loop give each as a `Detection`, and `found[:5]`,
     `found[found.scores > 0.8]` and `found[[2, 0]]` are Detections again. In a notebook it shows itself as a picture.
@@ -40,6 +41,12 @@ class Detections:
         source: the image as it was given to `Detector.predict`: a path, a PIL image, an array or a tensor.
     """
 
+    xyxy: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    size: tuple[int, int]
+    source: Any
+
     def __init__(
         self,
         xyxy: np.ndarray,
@@ -49,7 +56,8 @@ class Detections:
         size: tuple[int, int],
         source: Any = None,
     ) -> None:
-        self.xyxy, self.scores, self.labels = xyxy, scores, labels
+        self.xyxy = np.asarray(xyxy, np.float32).reshape(-1, 4)
+        self.scores, self.labels = np.asarray(scores, np.float32), np.asarray(labels, np.int64)
         self._categories, self.size, self.source = categories, size, source
 
     @property
@@ -70,12 +78,21 @@ class Detections:
     def __iter__(self) -> Iterator[Detection]:
         return (self[i] for i in range(len(self)))
 
+    @overload
+    def __getitem__(self, index: int) -> Detection: ...
+
+    @overload
+    def __getitem__(self, index: slice | np.ndarray | list[int]) -> "Detections": ...
+
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int | np.integer):
+        if isinstance(index, int | np.integer) and not isinstance(index, bool):
             label = int(self.labels[index])
             return Detection(tuple(self.xyxy[index].tolist()), float(self.scores[index]), label, self.classes[label])
-        # an empty list is float64 to NumPy
-        index = index if isinstance(index, slice) else np.asarray(index, None if len(index) else np.int64)
+        if not isinstance(index, slice):
+            index = np.asarray(index)
+            index = index if index.size else index.astype(np.int64)  # an empty list is float64 to NumPy
+            if index.ndim != 1 or index.dtype.kind not in "biu":
+                raise TypeError("index: expected an integer, a slice, or a list of integers or of True and False")
         some = (x[index] for x in (self.xyxy, self.scores, self.labels))
         return Detections(*some, self._categories, self.size, self.source)
 
@@ -123,7 +140,7 @@ class Detections:
             xyxy=self.xyxy, confidence=self.scores, class_id=self.labels, data={"class_name": names}
         )
 
-    def draw(self, image: Any = None) -> Image.Image:
+    def draw(self, image: AnyImage | None = None) -> Image.Image:
         """A picture with the boxes, their names and scores, as `detr predict` draws it.
 
         Args:

@@ -10,7 +10,7 @@ from msda_triton import ms_deform_attn
 
 
 def device_of(device: Any = None) -> torch.device:
-    """The device that a name ("cpu", "cuda:1") or a torch.device means; None is a GPU if there is one, else the CPU.
+    """The device that a name ("cpu", "cuda:1") or a torch.device means; None: a CUDA GPU if there is one, else the CPU.
 
     Raises:
         ArgumentError: torch has no such device here.

@@ -6,7 +6,7 @@ class DetrError(Exception):
 
 
 class ArgumentError(DetrError, ValueError):
-    """An argument, a flag or a field of the config that cannot be used; the message begins with its name."""
+    """An argument, a flag or a field of the config that cannot be used; the message names it."""
 
 
 class DataError(DetrError, ValueError):

@@ -2,9 +2,10 @@
 
 import contextlib
 import importlib.util
-import io
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from detr.split import LARGEST_AREA, Split
 # COCOeval.stats in its order; -1 there means that no ground truth is of the kind
 STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 
+_PRINTING = threading.Lock()
 EVALUATORS = {"faster-coco-eval": "faster_coco_eval", "pycocotools": "pycocotools"}  # name -> module
 
 
@@ -84,17 +86,16 @@ def coco_metrics(
         for box, label, score in zip(*columns, strict=True):
             results.append(_entry(numbers[image_id], label, box) | {"iscrowd": 0, "score": score})
 
-    table = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()):
-        COCO, COCOeval = _evaluator(evaluator)
+    COCO, COCOeval = _evaluator(evaluator)
+    with _heard() as said:
         truth, found = (_coco(COCO, split, numbers, entries) for entries in (ground_truth, results))
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.maxDets = [min(n, max_dets) for n in (1, 10, max_dets)]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.print_function = print  # faster-coco-eval would write its table to the log
-        with contextlib.redirect_stdout(table):
-            evaluation.summarize()
+        said.clear()
+        evaluation.print_function = said.append  # of faster-coco-eval, which would write its table to the log
+        evaluation.summarize()
     # AR5, for 5 detections, is the recall at 10 and at 100 too
     allowed = {f"AR{n}": f"AR{min(n, max_dets) if n < MAX_DETS else max_dets}" for n in (1, 10, MAX_DETS)}
     names = (allowed.get(name, name) for name in STATS)
@@ -103,7 +104,7 @@ def coco_metrics(
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     scores = evaluation.eval["scores"][0, :, :, 0, -1]
     counts = np.bincount(split.images.labels[~split.images.crowd], minlength=len(split.class_names))
-    text = table.getvalue()
+    text = "".join(f"{line}\n" for line in said)
     if max_dets != MAX_DETS and (precision > -1).any():
         # pycocotools looks for 100 in the first line, whatever it was told
         metrics["AP"] = float(precision[precision > -1].mean())
@@ -175,6 +176,20 @@ def _evaluator(name: str | None) -> tuple[Any, Any]:
     from pycocotools.cocoeval import COCOeval
 
     return COCO, COCOeval
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What pycocotools prints goes to this list: standard output is every thread's, and stays as it is."""
+    from pycocotools import coco, cocoeval
+
+    said: list[str] = []
+    with _PRINTING:
+        coco.print = cocoeval.print = said.append
+        try:
+            yield said
+        finally:
+            del coco.print, cocoeval.print
 
 
 def _coco(COCO: Any, split: Split, numbers: dict[int, int], annotations: list[dict[str, Any]]) -> Any:

@@ -4,7 +4,7 @@ import colorsys
 import contextlib
 import os
 import struct
-import warnings
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ import torch
 from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
+from detr.arguments import path_of
 from detr.config import MAX_PIXELS, short
 from detr.errors import DataError
 from detr.labels import draw_labels
 from detr.progress import progress
 
 T, U = TypeVar("T"), TypeVar("U")
+AnyImage = str | os.PathLike | Image.Image | np.ndarray | Tensor  # see `as_picture`
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # what Pillow raises on damaged files, apart from the subclasses of OSError
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-# Pillow's warning would be a second line beside the error of `_open`
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
+_TENSORS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # keys of what Pillow knows of an image, in which it finds an orientation
 _EXIF = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
@@ -123,8 +123,10 @@ def _decode(image: Image.Image, size: tuple[int, int] | None, reading: Reading) 
     header = _header(image, size, reading)
     # with its name Pillow 13 maps an uncompressed TIFF by its turned size, and scrambles it
     filename, image.filename = getattr(image, "filename", ""), ""
-    image.load()
-    image.filename = filename
+    try:
+        image.load()
+    finally:
+        image.filename = filename
     # Pillow turns a TIFF when it loads it, and takes the orientation away
     turned = header.orientation != _orientation(image)
     rgb = _to_rgb(image)
@@ -136,7 +138,7 @@ def _decode(image: Image.Image, size: tuple[int, int] | None, reading: Reading) 
     return rgb.transpose(_TURNS[back.get(header.orientation, header.orientation)])
 
 
-def as_picture(image: Any, name: str, reading: Reading = DEFAULT_READING) -> Image.Image:
+def as_picture(image: AnyImage, name: str, reading: Reading = DEFAULT_READING) -> Image.Image:
     """An image of any kind that `Detector.predict` takes, as 8-bit RGB.
 
     Args:
@@ -147,7 +149,7 @@ def as_picture(image: Any, name: str, reading: Reading = DEFAULT_READING) -> Ima
     """
     if isinstance(image, str | os.PathLike):
         try:
-            return read_image(Path(image), None, reading)
+            return read_image(path_of(name, image), None, reading)
         except DataError as error:
             raise DataError(f"{image}: {error}") from None
     if isinstance(image, Image.Image):
@@ -155,8 +157,8 @@ def as_picture(image: Any, name: str, reading: Reading = DEFAULT_READING) -> Ima
             raise DataError(f"{name}: expected at least one pixel, got {image.width} x {image.height}")
         try:
             return _decode(image, None, reading)
-        except _DAMAGED as error:
-            raise DataError(f"{name}: not a readable image: {error}") from None
+        except (*_DAMAGED, AssertionError) as error:  # the latter for a file that was closed
+            raise DataError(f"{name}: not a readable image: {str(error) or 'its file is closed'}") from None
     if isinstance(image, np.ndarray):
         return _of_numbers(image, f"{name}: expected a uint8 array [H, W, 3], red, green and blue", last=True)
     if isinstance(image, Tensor):
@@ -168,20 +170,24 @@ def as_picture(image: Any, name: str, reading: Reading = DEFAULT_READING) -> Ima
 
 def _to_bytes(image: Tensor, expected: str) -> np.ndarray:
     """A tensor's numbers as they are, or those from 0 to 1 as 0 to 255."""
+    plain = image.layout is torch.strided and image.device.type != "meta" and not image.is_quantized
+    if not plain or image.dtype not in _TENSORS:
+        raise DataError(f"{expected}, got {str(image.layout)[6:]} {str(image.dtype)[6:]} of shape {list(image.shape)}")
     image = image.detach().cpu()
-    if image.is_floating_point() and image.numel():
+    if image.dtype != torch.uint8 and image.numel():
         low, high = image.min().item(), image.max().item()
         if not 0 <= low <= high <= 1:
-            raise DataError(f"{expected}, got numbers from {low:g} to {high:g}: images are not normalised")
-        image = (image.double() * 255).round().byte()
-    return image.numpy() if image.dtype != torch.bfloat16 else image.float().numpy()
+            raise DataError(f"{expected}, got numbers from {low:g} to {high:g}: it must not be normalised")
+        image = (image.double() * 255).round()
+    return image.byte().numpy()
 
 
 def _of_numbers(image: np.ndarray, expected: str, last: bool) -> Image.Image:
     """uint8 numbers of a colour image, grey or with transparency too; channels come last or first."""
     channels, others = (-1, 0) if last else (0, -1)
     if image.dtype != np.uint8:
-        raise DataError(f"{expected}, got {image.dtype} of shape {list(image.shape)}")
+        hint = ': of numbers from 0 to 1 make it by (255 * image).astype("uint8")' if image.dtype.kind == "f" else ""
+        raise DataError(f"{expected}, got {image.dtype} of shape {list(image.shape)}{hint}")
     if image.ndim == 2:
         image = np.expand_dims(image, channels)
     if image.ndim != 3 or image.shape[channels] not in (1, 3, 4) or 0 in image.shape:
@@ -199,11 +205,9 @@ def _of_numbers(image: np.ndarray, expected: str, last: bool) -> Image.Image:
 def _open(path: Path, reading: Reading) -> Iterator[Image.Image]:
     """An image file that is open; what is wrong with it is a DataError."""
     try:
-        if reading.large:
-            Image.MAX_IMAGE_PIXELS = None  # in every process that loads images
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise DataError("expected an image file")
-        with Image.open(path) as image:
+        with _no_limit, Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS and not reading.large:
                 raise Image.DecompressionBombError
             if image.format == "PNG" and "exif" not in image.info and (exif := _late_exif(path)):
@@ -222,6 +226,28 @@ def _open(path: Path, reading: Reading) -> Iterator[Image.Image]:
         raise DataError("its pixels do not fit into memory") from None
     except _DAMAGED as error:
         raise DataError(f"not a readable image: {error}") from None
+
+
+class _NoLimit:
+    """Within it Pillow opens images of any size, in all threads: `_open` has a limit of its own."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.inside += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                Image.MAX_IMAGE_PIXELS = self.before
+
+
+_no_limit = _NoLimit()
 
 
 def _late_exif(path: Path) -> bytes | None:

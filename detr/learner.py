@@ -53,7 +53,8 @@ class Learner:
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.model, self.config = model, config
+        self.model, self.n_queries, self.clip_norm = model, config.n_queries, config.clip_norm
+        self.autocast_to = AMP_DTYPES[config.amp]
         self.device = next(model.parameters()).device
         self.world = distributed.world_size()
         if config.lr_backbone == 0:
@@ -98,7 +99,7 @@ class Learner:
             [{name: target[name].to(self.device) for name in _WANTED if name in target} for target in targets]
             for _, _, targets in batches
         ]
-        counts = sum(self.criterion.counts(targets, self.config.n_queries) for targets in wanted).to(self.device)
+        counts = sum(self.criterion.counts(targets, self.n_queries) for targets in wanted).to(self.device)
         # gradients are added up over batches and averaged over processes
         counts = at_least_one(distributed.add_up(counts)) / self.world
         self.optimizer.zero_grad()
@@ -114,7 +115,7 @@ class Learner:
                 self.scaler.scale(total).backward()
             losses.append(torch.stack([total.detach(), *terms.values()]))
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
 
         flags = torch.tensor([float(unreadable), float(stop)], device=self.device)
         summary = distributed.add_up(torch.cat([sum(losses) / self.world, norm[None] / self.world, flags]))
@@ -142,8 +143,7 @@ class Learner:
             tensor.copy_(value)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        dtype = AMP_DTYPES[self.config.amp]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self.device.type, self.autocast_to, enabled=self.autocast_to is not None)
 
     def state(self) -> dict[str, Any]:
         """Everything that the next steps depend on."""

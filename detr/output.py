@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -331,7 +332,10 @@ def writer_of(path: Path) -> str | None:
         if start.startswith(b"{"):
             content = json.loads(path.read_bytes())
             return content.get(WRITTEN_BY)
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+        with opened as image:
             return image.info.get(WRITTEN_BY) or image.getexif().get(_EXIF_SOFTWARE)
     except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
         return None

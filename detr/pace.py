@@ -39,9 +39,8 @@ def set_pace(run: Run, val: DataLoader, minutes: float, began: float) -> str:
     """
     seconds = 60 * minutes
     before = copy.deepcopy(run.state())
-    run.set_steps(COUNT)
     # past the first passes over the images, whose augmentation takes less time
-    run.steps_done = -(-early(run.config)[1] * len(run.dataset) // run.config.batch_size)
+    run.set_steps(COUNT, done=-(-early(run.config)[1] * len(run.dataset) // run.config.batch_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they say is said again in the run
         try:

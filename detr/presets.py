@@ -94,7 +94,7 @@ def recipe_fields(recipe: str, preset_name: str) -> dict[str, Any]:
     Raises:
         ArgumentError: unknown recipe.
     """
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ArgumentError(f"recipe: expected one of {', '.join(RECIPES)}, got {short(recipe)}")
     source = PRESETS[preset_name]
     if (source.recipe == "tiny") != (recipe == "tiny"):

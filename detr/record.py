@@ -5,9 +5,7 @@ import json
 import math
 import os
 import platform
-import signal
 import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -172,29 +170,3 @@ def keep_batches(
 def image_ids(batches: list[tuple[Tensor, Tensor, list[dict[str, Any]]]]) -> list[int]:
     """Ids of all images in batches."""
     return [target["image_id"] for _, _, targets in batches for target in targets]
-
-
-class StopOnSignal:
-    """Whether SIGINT or SIGTERM came: what `Run.train` asks before each step, and sooner nobody listens.
-
-    With the first question these signals are taken over, so that a run ends after its step; a second one acts as ever.
-    `close` gives them back.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self.before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        if not self.before and threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self.received
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self.received = True
-        signal.signal(number, self.before[number])
-
-    def close(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}

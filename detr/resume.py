@@ -5,9 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from detr.checkpoint import CheckpointError
 from detr.config import DATA_FORMATS, short
-from detr.errors import DataError
+from detr.errors import CheckpointError, DataError
 from detr.split import difference
 
 # flags of `detr train` that say where the data is: the folder, and names within it

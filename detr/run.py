@@ -87,9 +87,13 @@ class Run:
         self.sums: Counter[str] = Counter()  # of the losses since the last line of metrics.jsonl
         self._set_rates()
 
-    def set_steps(self, steps: int) -> None:
-        """Make the run so many steps long, and its schedule with it."""
-        self.config, self.total_steps = replace(self.config, steps=steps), steps
+    def set_steps(self, steps: int, done: int = 0) -> None:
+        """Make the run, which has not begun, so many steps long, and its schedule with it.
+
+        Args:
+            done: steps that it goes on as if it had made.
+        """
+        self.config, self.total_steps, self.steps_done = replace(self.config, steps=steps), steps, done
         self._set_rates()
 
     def _set_rates(self) -> None:

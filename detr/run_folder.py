@@ -8,7 +8,8 @@ from pathlib import Path
 
 import filelock
 
-from detr.output import Folder, OutputError, make_parent, remove_temporary, writer_of
+from detr.errors import OutputError
+from detr.output import Folder, make_parent, remove_temporary, writer_of
 
 BY = "detr train"
 RESULTS = ("checkpoint.pt", "best.pt", "eval.json")

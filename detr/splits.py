@@ -9,7 +9,7 @@ from typing import Any
 
 from detr.check_data import check_against, check_classes, check_images, check_objects, check_pair
 from detr.config import VAL_FRACTION, Config
-from detr.errors import DataError
+from detr.errors import ArgumentError, DataError
 from detr.formats import Dataset, Given, open_dataset
 from detr.images import DEFAULT_READING, Reading
 from detr.problems import Problem, any_fatal, raise_or_warn
@@ -163,7 +163,7 @@ def load_to_evaluate(
     if hold_out and "val" in dataset.splits:
         raise _not_needed(dataset)
     if hold_out and name not in ("train", "val"):
-        raise DataError(f"--val-fraction and --split-seed: expected with --split train or val, got {name}")
+        raise ArgumentError(f"val_fraction and split_seed: expected with split train or val, got {name}")
     hold_out = hold_out or (None if "val" in dataset.splits else before)
     whole = name in dataset.splits and not (hold_out and name == "train")
     if whole or name not in ("train", "val") or "train" not in dataset.splits:
@@ -185,8 +185,8 @@ def _hold_out(dataset: Dataset, split: Split, hold_out: tuple[float, int] | None
     return train, val, f"{dataset.root} has no split val: {counts} (--val-fraction {fraction:g} --split-seed {seed})"
 
 
-def _not_needed(dataset: Dataset) -> DataError:
-    return DataError(f"--val-fraction and --split-seed: {dataset.root} has a split val, which is taken")
+def _not_needed(dataset: Dataset) -> ArgumentError:
+    return ArgumentError(f"val_fraction and split_seed: {dataset.root} has a split val, which is taken")
 
 
 def divide(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:

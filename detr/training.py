@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import threading
 import time
 import uuid
 import warnings
@@ -15,13 +16,13 @@ from torch import nn
 
 from detr import checkpoint, distributed, run_folder
 from detr import resume as resuming
-from detr.arguments import check_arguments, check_names, path_of, run_folder_of
+from detr.arguments import checked, names_of, path_of, run_folder_of
 from detr.backbone import load_imagenet
-from detr.config import VAL_FRACTION, Config
+from detr.config import VAL_FRACTION, Config, short
 from detr.data import validation_loader
-from detr.detector import Detector, detector_of
+from detr.detector import Detector, detector_of, used
 from detr.devices import device_of
-from detr.errors import ArgumentError, CheckpointError, MissingPackageError
+from detr.errors import ArgumentError, CheckpointError, MissingPackageError, TrainingError
 from detr.evaluate import per_class_table
 from detr.images import reading_of
 from detr.pace import set_pace
@@ -53,28 +54,31 @@ def train(
     split_seed: int | None = None,
     exif: str | None = None,
     large_images: bool = False,
-    device: Any = None,
+    device: str | torch.device | None = None,
     workers: int | None = None,
     wandb: str | None = None,
     stop: Callable[[], bool] | None = None,
     began: float | None = None,
     **fields: Any,
 ) -> Detector:
-    """Train a detector, as `detr train` does: the same defaults, the same folder, the same weights bit for bit.
+    """Train a detector, as the command `detr train` does: with the same defaults, folder and, bit for bit, weights.
 
     It says what it does on standard output, and shows its progress on standard error. The state of random generators is
-    afterwards what it was before. It may be called from any thread.
+    afterwards what it was before. It may be called from any thread, one at a time; what other threads draw meanwhile
+    from PyTorch's generators is not random. A flag of the command in a message, such as --split-seed, means the
+    argument of that name.
 
     Args:
         data: folder of a dataset (COCO, YOLO or Pascal VOC, exported by Roboflow too), or a data.yaml.
-        preset: the model, one of `detr.PRESETS`; None is "tiny", which a CPU trains from random weights.
+        preset: the model, one of `list(detr.PRESETS)`; None is "tiny", which a CPU trains from random weights.
         recipe: how it is trained: "official", "finetune" (from `weights` of a detector) or "tiny"; None: the preset's.
         out: folder of the run, which must not hold a run yet; None is runs/train.
         minutes: train for so long, evaluations included: the number of steps is chosen after a short trial.
         weights: a file or folder to start from: ours, official, Hugging Face, torchvision.
-        resume: folder of a run, or the checkpoint.pt in it, that goes on as it was; only `data`, the places of jsons
-            and images, `device`, `workers` and `stop` may be given with it.
-        accept_changed_data: with `resume`: go on although images or boxes are not those of before.
+        resume: folder of a run that was interrupted, or the checkpoint.pt in it: the run is continued with what it was
+            begun with. `data` and the json and image places say where its data is now, if it was moved; `device`,
+            `workers`, `stop` and `accept_changed_data` may be given too, and nothing else.
+        accept_changed_data: with `resume`: continue although images or boxes are not those of before.
         format: "coco", "roboflow", "yolo" or "voc"; None finds it out.
         classes: names of the classes of Pascal VOC, in their order.
         train_json, train_images, val_json, val_images: files and folders in `data`, if their names are not the usual.
@@ -82,37 +86,45 @@ def train(
             no split val, and which images these are.
         exif: "turn" (None) or "ignore" the EXIF orientation of images.
         large_images: read those above 89 million pixels too.
-        device: "cpu", "cuda:1" or a torch.device; None is a GPU if there is one, else the CPU.
-        workers: processes that load images; None is none if all fit into memory.
+        device: "cpu", "cuda:1" or a torch.device; None is a CUDA GPU if there is one, else the CPU.
+        workers: processes that load images; None is 0 if all images fit into memory, else one for each CPU, at most 8.
         wandb: project at Weights & Biases that the metrics are sent to.
-        stop: asked before each step, such as `threading.Event().is_set`; True ends the run after it, to be resumed.
+        stop: a function that is asked before each step, such as `threading.Event().is_set`. Once it says True, that
+            step is made and the run ends with a checkpoint, to be resumed.
         began: `time.perf_counter()` from which `minutes` are counted; None is now.
-        **fields: any field of `detr.Config`: steps=200, lr=1e-4, batch_size=8, image_size=320 (pixels), ema=0.999, ...
+        **fields: any field of `detr.Config`, such as steps=200, epochs=20, lr=1e-4, batch_size=8, ema=0.999, seed=1, or
+            image_size=320: the shorter side of an image in the model, pixels; the longest allowed follows it.
 
     Returns:
         What `detr.load` gives for the folder of the run: the step with the best average precision.
 
     Raises:
         ArgumentError: names the argument or field. DataError: names file and entry. CheckpointError: of `weights` or
-        `resume`. OutputError: something else is in the folder. TrainingError: too many losses are not finite, or too
-        many images cannot be read. All are `detr.DetrError`.
+        `resume`. OutputError: a run is in the folder already, or something else is in the way. TrainingError: too many
+        losses are not finite, or too many images cannot be read. All are kinds of `detr.DetrError`.
     """
     began = time.perf_counter() if began is None else began
     names = {"train_json": train_json, "train_images": train_images, "val_json": val_json, "val_images": val_images}
     places = {name: str(path_of(name, value)) for name, value in names.items() if value is not None}
     if data is not None:
         places["data"] = os.path.abspath(path_of("data", data))  # the whole path, for a resume from elsewhere
-    numbers = {"val_fraction": val_fraction, "split_seed": split_seed}
-    check_arguments(minutes=minutes, workers=workers, format=format, exif=exif, **numbers)
-    about = {"format": format, "classes": check_names("classes", classes), **numbers, "exif": exif}
+    minutes, workers = checked("minutes", minutes), checked("workers", workers)
+    given = {"format": format, "val_fraction": val_fraction, "split_seed": split_seed, "exif": exif}
+    about = {name: checked(name, value) for name, value in given.items()} | {"classes": names_of("classes", classes)}
     about = {name: value for name, value in about.items() if value is not None}
     about |= {"large_images": True} if large_images else {}
     weights = None if weights is None else path_of("weights", weights)
+    if stop is not None and not callable(stop):
+        raise ArgumentError(f"stop: expected a function, such as is_set of a threading.Event, got {short(stop)}")
+    if wandb is not None and (not isinstance(wandb, str) or not wandb):
+        raise ArgumentError(f"wandb: expected the name of a project, got {short(wandb)}")
     choices = {"preset": preset, "out": out, "recipe": recipe, "minutes": minutes, "wandb": wandb, "weights": weights}
     folder = run_folder_of(out, resume)
     with contextlib.ExitStack() as held:
-        held.enter_context(_random_state_kept())
-        device = held.enter_context(distributed.joined(device_of(device)))
+        held.enter_context(_alone())
+        device = device_of(device)
+        held.enter_context(_random_state_kept(device))
+        device = held.enter_context(distributed.joined(device))
         held.enter_context(warnings.catch_warnings())
         if not distributed.is_main():
             warnings.simplefilter("ignore")
@@ -137,7 +149,7 @@ def train(
             resuming.check_same_data(state, known["content"], _file(folder), accept_changed_data)
         about |= known
         run = Run(config, splits["train"], device, workers, _first_weights(config, splits["train"], weights, state))
-        val = validation_loader(splits["val"], config, device, workers)
+        val = validation_loader(splits["val"], config, device, workers, share=(run.rank, run.world))
         if state:
             run.load_state(state, _file(folder), accept_changed_data)
         elif distributed.is_main():
@@ -157,14 +169,12 @@ def train(
             _say(f"{folder}: {aps}; see curves.png and predictions.png there")
         # from the main process, which alone may have the file
         file, content = distributed.from_main(lambda: _last_file(folder))
-    detector = detector_of(content, file, device)
-    detector.stopped = found is None
-    return detector
+    return detector_of(content, file, device, stopped=found is None)
 
 
 def _last_file(folder: Path) -> tuple[Path, dict[str, Any]]:
     file = checkpoint.file_of(folder)
-    return file, checkpoint.load(file)
+    return file, used(checkpoint.load(file))
 
 
 def _say(text: str) -> None:
@@ -172,16 +182,31 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+_ONE = threading.Lock()
+
+
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """PyTorch's generators are afterwards as they were: `torch.manual_seed` sets those of all devices."""
+def _alone() -> Iterator[None]:
+    """A second training in another thread would draw from the same random generators, and neither could be repeated."""
+    if not _ONE.acquire(blocking=False):
+        raise TrainingError("another thread of this process is training: expected one training at a time")
+    try:
+        yield
+    finally:
+        _ONE.release()
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """PyTorch's generators are afterwards as they were: `torch.manual_seed` sets those of all devices in use."""
     with contextlib.ExitStack() as kept:
         kept.enter_context(torch.random.fork_rng(devices=[]))
         for kind in ("cuda", "xpu"):
             module = torch.get_device_module(kind)
-            if module.is_available():
-                devices = range(module.device_count())
-                kept.enter_context(torch.random.fork_rng(devices, device_type=kind))
+            if device.type == kind or module.is_initialized():
+                kept.enter_context(torch.random.fork_rng(range(module.device_count()), device_type=kind))
+        if torch.backends.mps.is_available():
+            kept.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         yield
 
 
@@ -257,7 +282,7 @@ def _first_weights(
     def initialise(model: nn.Module) -> None:
         if weights:
             file = checkpoint.file_of(weights)
-            _say(f"{weights}: a run, of which {file.name} is taken" if file != weights else "")
+            _say(checkpoint.taken(weights, file))
             _say(str(load_weights(model, file, split.class_names)))
         elif config.pretrained_backbone:
             load_imagenet(model.backbone, config.backbone)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from detr import cli, distributed
+from detr import cli, distributed, load
 from detr.data import validation_loader
 from detr.evaluate import detect
 from detr.learner import Step
@@ -85,7 +85,7 @@ def main(data: Path, out: Path) -> None:
         one_half = take(run, 2, without_objects if rank == 1 else None)
         found[f"{name} without objects"] = one_half, take(run, 2, without_objects), dict(run.sums)
 
-    val = validation_loader(val_split, CONFIG, CPU)
+    val = validation_loader(val_split, CONFIG, CPU, share=(rank, distributed.world_size()))
     found["images"] = sorted(detect(run.learner.model, val, CPU)[0])
 
     # the main process measures, here by a clock of its own
@@ -116,6 +116,8 @@ def main(data: Path, out: Path) -> None:
     assert run.train(val, out / "stopped", {"data": str(data)}) is None
     Run.step = step
     found["stopped_at"] = run.steps_done
+    # of a program that evaluates by itself, each process all images
+    found["evaluated"] = load(out / "stopped", CPU).evaluate(data)["images"]
     torch.save(found, out / f"rank{rank}.pt")
 
     # the whole command, resumed

@@ -1,5 +1,6 @@
 """The Detector in a program: every kind of image, its detections, and one clear error for what is none of them."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ def test_what_is_found(detector):
     assert found.labels.tolist() == [0, 1]
     # without a threshold it is 0.5
     assert detector.predict(PIXELS).names == ["ant"] and detector.predict(PIXELS, 0.9).names == []
+    assert detector.predict(PIXELS, found.scores[1], np.int64(2)).names == ["ant", "zebra"]
 
 
 def test_every_kind_of_image_is_seen_as_the_same(detector, model, tmp_path):
@@ -90,9 +92,36 @@ def test_pil_images_are_turned_as_files_are(detector, model, tmp_path):
         assert all(torch.equal(of_file, each) for each in others) and image.filename == str(path)
 
 
+def test_other_ways_of_reading(detector, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert detector.predict("~/a.jpg", exif="ignore").size == (80, 40) and detector.predict("~/a.jpg").size == (40, 80)
+    monkeypatch.setattr("detr.images.MAX_PIXELS", 3000)
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(DataError, match="the limit against decompression bombs: --large-images reads it all the same"):
+        detector.predict(tmp_path / "a.jpg")
+    assert detector.predict(tmp_path / "a.jpg", large_images=True).size == (40, 80)
+    assert Image.MAX_IMAGE_PIXELS == limit is not None
+
+
+def test_another_default_dtype(real, tmp_path):
+    path = real.save(tmp_path / "a.pt")
+    expected = real.predict(PIXELS, 0.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = detr.load(path, "cpu").predict([PIXELS, PIXELS], 0.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for each in found:
+        np.testing.assert_allclose(each.scores, expected.scores, atol=1e-6)
+        np.testing.assert_allclose(each.xyxy, expected.xyxy, atol=1e-3)
+
+
 def test_a_single_pixel(detector):
     found = detector.predict(np.full((1, 1, 3), 7, np.uint8))
-    assert found.size == (1, 1) and found[0].box == (0.25, 0.25, 0.75, 0.75)
+    assert found.size == (1, 1) and found[0].xyxy == (0.25, 0.25, 0.75, 0.75)
 
 
 def test_lists_keep_their_order(detector, model):
@@ -104,9 +133,22 @@ def test_lists_keep_their_order(detector, model):
     assert sorted(shape[0] for shape in model.shapes) == [1, 3]  # none is padded
     streamed = dict(detector.stream(((name, Image.fromarray(PIXELS)) for name in "abc"), 0.2))
     assert list(streamed) == ["a", "b", "c"] and streamed["b"].source == "b" and len(streamed["b"]) == 2
+    with pytest.raises(DataError, match=r"image 7: expected a uint8 array"):
+        list(detector.stream([(7, PIXELS[..., :2])]))
 
 
 CHW = torch.zeros(3, 5, 6)
+
+
+def closed_image():
+    with Image.open(io.BytesIO(png_of(PIXELS))) as image:
+        return image
+
+
+def png_of(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -122,12 +164,18 @@ CHW = torch.zeros(3, 5, 6)
         (CHW - 0.5, "image: expected a tensor [3, H, W] of uint8 or of floats from 0 to 1, got numbers from -0.5"),
         (CHW + 255.0, "got numbers from 255 to 255"),
         (CHW * float("nan"), "got numbers from nan to nan"),
-        (CHW.long(), "got int64 of shape [3, 5, 6]"),
+        (CHW.long(), "got strided int64 of shape [3, 5, 6]"),
         (CHW.permute(1, 2, 0), "got shape [5, 6, 3]: channels come first in a tensor"),
         (CHW[None], "got shape [1, 3, 5, 6]: several images are a list"),
         (Image.new("RGB", (0, 5)), "image: expected at least one pixel, got 0 x 5"),
         (7, "image: expected a path, a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W], got 7"),
         (None, "image: expected a path, .*, got None"),
+        ("", "image: expected the name of a file or folder, got ''"),
+        (torch.quantize_per_tensor(CHW, 1.0, 0, torch.quint8), "image: expected a tensor .*, got strided quint8"),
+        (CHW.to_sparse(), "image: expected a tensor .*, got sparse_coo float32 of shape [3, 5, 6]"),
+        (CHW.to("meta"), "image: expected a tensor .*, got strided float32 of shape"),
+        (CHW.bool(), "image: expected a tensor .*, got strided bool"),
+        (closed_image(), "image: not a readable image: "),
         ("nothing/here.jpg", "nothing/here.jpg: the image file is missing"),
         (".", ".: expected an image file"),
         ([PIXELS, "nothing.jpg"], "nothing.jpg: the image file is missing"),
@@ -136,7 +184,7 @@ CHW = torch.zeros(3, 5, 6)
     ],
 )  # fmt: skip
 def test_what_is_no_image(detector, image, message):
-    with pytest.raises(DataError) as error:
+    with pytest.raises((DataError, ArgumentError)) as error:
         detector.predict(image)
     beginning, _, end = message.partition(".*")
     assert beginning in str(error.value) and end in str(error.value) and "\n" not in str(error.value)
@@ -150,6 +198,7 @@ def test_what_is_no_image(detector, image, message):
         ({"threshold": float("nan")}, "threshold: expected a number from 0 to 1, got nan"),
         ({"threshold": "high"}, "threshold: expected a number from 0 to 1, got 'high'"),
         ({"threshold": True}, "threshold: expected a number from 0 to 1, got True"),
+        ({"threshold": np.float32(1.5)}, "threshold: expected a number from 0 to 1, got a float32"),
         ({"batch_size": 0}, "batch_size: expected an integer from 1 to 16384, got 0"),
         ({"batch_size": 1.5}, "batch_size: expected an integer from 1 to 16384, got 1.5"),
     ],
@@ -168,15 +217,18 @@ def test_detections_as_a_sequence(detector):
     ]
     first = found[0]
     assert (
-        isinstance(first, Detection) and first.box == pytest.approx(BOXES["ant"]) and first.score == pytest.approx(0.8)
+        isinstance(first, Detection) and first.xyxy == pytest.approx(BOXES["ant"]) and first.score == pytest.approx(0.8)
     )
-    assert all(type(value) is float for value in (*first.box, first.score)) and type(first.label) is int
+    assert all(type(value) is float for value in (*first.xyxy, first.score)) and type(first.label) is int
     assert found[-1] == found[len(found) - 1] == found[np.int64(len(found) - 1)]
     for part in (found[:1], found[found.scores > 0.5], found[[0]]):
         assert isinstance(part, Detections) and part.names == ["ant"] and part.size == (80, 40)
     assert len(found[[]]) == len(found[5:]) == 0 and found[[1, 0]].names == ["zebra", "ant"]
     with pytest.raises(IndexError):
         found[len(found)]
+    for index in (None, 1.5, True, np.array(0), np.True_, [[0]], ["a"]):
+        with pytest.raises(TypeError, match="index: expected an integer, a slice, or a list of integers"):
+            found[index]
 
 
 def test_detections_as_text_and_json(detector, tmp_path):
@@ -292,22 +344,32 @@ def test_arguments_of_load(real, tmp_path):
     assert str(detr.load(path, torch.device("cpu")).device) == "cpu"
 
 
-def test_exported(real, tmp_path):
-    path = real.export(tmp_path / "a.pt2", "torch-export", size=(64, 96))
-    program = torch.export.load(path).module()
-    images, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
-    with torch.no_grad():
-        logits, boxes = program(images, mask)
-        expected = real.model(images, mask)
-    torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(boxes, expected["boxes"], rtol=1e-4, atol=1e-4)
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ({"to": "tflite"}, "to: expected one of official, hf, onnx, torch-export, aoti, got 'tflite'"),
-        ({"to": "onnx"}, "path: expected a name that ends in .onnx for to='onnx'"),
+        ({"to": "onnx"}, r"path: expected a name that ends in \.onnx for to='onnx'"),
         ({"to": "torch-export", "size": 64}, r"size: expected \(H, W\), got 64"),
+        ({"to": "torch-export", "size": ()}, r"size: expected \(H, W\), got a tuple"),
+        ({"to": "torch-export", "size": (None, 64)}, r"size: expected \(H, W\), got a tuple"),
         ({"to": "torch-export", "size": (64, 8)}, "size: expected an integer from 32 to 10000, got 8"),
+        ({"to": "torch-export", "attention": "tensorrt"}, "attention: 'tensorrt' is for ONNX only"),
         ({"to": "hf"}, "to: hf has no model with backbone small"),
-    ):
-        with pytest.raises(ArgumentError, match=message):
-            real.export(tmp_path / "b.pt2", **arguments)
+    ],
+)
+def test_bad_arguments_of_export(real, tmp_path, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        real.export(tmp_path / "b.pt2", **arguments)
     assert not (tmp_path / "b.pt2").exists()
+
+
+def test_exported_weights_are_the_models(tmp_path):
+    """The other kinds are in tests/test_export.py and tests/test_detr_weights.py, by the command, which calls this."""
+    small = {"d_model": 32, "n_heads": 2, "ffn_dim": 32, "n_queries": 8, "enc_layers": 1, "dec_layers": 1}
+    config = preset("deformable_detr_r50", backbone="resnet18", **small)
+    detector = detr.Detector(build_model(config, 2), config, CATEGORIES, None, {})
+    assert detector.export(tmp_path / "a.pth", "official") == tmp_path / "a.pth"
+    weights = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+    ours = detector.model.state_dict()
+    assert torch.equal(weights["class_embed.0.bias"], ours["class_embed.0.bias"])
+    assert torch.equal(weights["backbone.0.body.conv1.weight"], ours["backbone.body.conv1.weight"])

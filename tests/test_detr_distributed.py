@@ -127,6 +127,11 @@ def test_a_fault_of_one_process_is_known_to_all(out, ranks):
     assert ranks[0]["stopped_at"] == ranks[1]["stopped_at"] == 3
 
 
+def test_a_detector_evaluates_all_images_in_each_process(ranks, data):
+    count = len(load_split(data, "val").images)
+    assert [rank["evaluated"] for rank in ranks] == [count, count]
+
+
 def test_resumed_and_evaluated_together(data, out, split):
     metrics = json.loads((out / "stopped" / "eval.json").read_text())
     assert checkpoint.load(out / "stopped" / "checkpoint.pt")["steps_done"] == metrics["step"] == 5

@@ -15,7 +15,7 @@ from user_files import SMALL
 from detr import checkpoint
 from detr.cli import main
 from detr.config import DATA_FORMATS
-from detr.errors import DataError
+from detr.errors import ArgumentError, DataError
 from detr.formats import FORMATS, open_dataset
 from detr.images import for_each
 from detr.splits import divide, load_split, load_to_evaluate, read_parts
@@ -98,7 +98,7 @@ def test_two_formats_in_one_folder(datasets, tmp_path, capsys):
     assert main(["check-data", str(tmp_path), "--train-json", "x.json", "--format", "yolo"]) == 1
     assert "names of json files and image folders: expected with --format coco, got yolo" in capsys.readouterr().err
     assert main(["check-data", str(tmp_path), "--classes", "a,b", "--format", "yolo"]) == 1
-    assert "--classes: expected with Pascal VOC, which has no order of classes, got YOLO" in capsys.readouterr().err
+    assert "classes: expected with Pascal VOC, which has no order of classes, got YOLO" in capsys.readouterr().err
     # a broken file of one format beside another is asked about too
     (tmp_path / "data.yaml").write_text("names: [")
     assert main(["check-data", str(tmp_path)]) == 1
@@ -207,7 +207,7 @@ def test_what_is_held_out_is_told_and_checked(datasets, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(datasets / "coco", data)
     assert main(["check-data", str(data), "--val-fraction", "0.5"]) == 1
-    assert f"--val-fraction and --split-seed: {data} has a split val, which is taken" in capsys.readouterr().err
+    assert f"val_fraction and split_seed: {data} has a split val, which is taken" in capsys.readouterr().err
     (data / "instances_val.json").unlink()
     # a class with boxes in one image only is left without one where that is held out
     path = data / "instances_train.json"
@@ -273,9 +273,7 @@ def test_what_is_evaluated_of_a_dataset_without_a_validation_split(datasets, tmp
         assert len(split.images) == count and bool(said) == (count < 32)
     with pytest.raises(DataError, match="no split 'test'"):
         load_to_evaluate(dataset, "test", categories)
-    with pytest.raises(
-        DataError, match="--val-fraction and --split-seed: expected with --split train or val, got test"
-    ):
+    with pytest.raises(ArgumentError, match="val_fraction and split_seed: expected with split train or val, got test"):
         load_to_evaluate(dataset, "test", categories, hold_out=(0.5, 1))
 
 

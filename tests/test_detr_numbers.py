@@ -273,9 +273,7 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
         model.transformer.level_embed[1, 2] = math.inf
     detector = Detector(model, config, {1: "a", 2: "b"}, Path("run/best.pt"), {})
     for to in ("official", "hf", "onnx"):
-        with pytest.raises(
-            CheckpointError, match=r"^run/best\.pt: transformer\.level_embed: expected finite numbers"
-        ):
+        with pytest.raises(CheckpointError, match=r"^run/best\.pt: transformer\.level_embed: expected finite numbers"):
             detector.export(tmp_path / "a.onnx", to)
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 import detr
-from detr import ArgumentError, CheckpointError, DataError, DetrError, OutputError, checkpoint
+from detr import ArgumentError, CheckpointError, DataError, DetrError, OutputError, TrainingError, checkpoint
 from detr.cli import main
 from detr.synth import write_dataset
 
@@ -48,7 +49,8 @@ def run(data, tmp_path_factory):
 def state_of_process():
     generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    return generators, handlers, list(warnings.filters), warnings.showwarning, threading.excepthook, os.getcwd()
+    others = warnings.showwarning, threading.excepthook, sys.stdout, Image.MAX_IMAGE_PIXELS, os.getcwd()
+    return generators, handlers, list(warnings.filters), others
 
 
 def same_weights(a, b):
@@ -108,6 +110,10 @@ def test_evaluate_is_what_the_run_and_the_command_say(run, data, tmp_path, capsy
         ({"exif": "off"}, ArgumentError, "exif: expected one of turn, ignore, got 'off'"),
         ({"format": "csv"}, ArgumentError, "format: expected one of coco, roboflow, yolo, voc, got 'csv'"),
         ({"classes": "disc"}, ArgumentError, "classes: expected a list of names, no two the same, got 'disc'"),
+        ({"split": ["val"]}, ArgumentError, "split: expected the name of a split, got a list"),
+        ({"annotations": 7}, ArgumentError, "annotations: expected the name of a file or folder, got 7"),
+        ({"classes": ["a"]}, ArgumentError, "classes: expected with Pascal VOC"),
+        ({"val_fraction": 0.3}, ArgumentError, "val_fraction and split_seed: .* has a split val, which is taken"),
         ({"val_fraction": 1.0}, ArgumentError, "val_fraction: expected a number from 0.001 to 0.999, got 1.0"),
     ],
 )
@@ -140,6 +146,10 @@ def test_bad_arguments_of_evaluate(run, data, arguments, error, message):
         ({"classes": ["a", "a"]}, "classes: expected a list of names, no two the same"),
         ({"device": "cuda:77"}, "device: expected one of cpu"),
         ({"batch_size": 1000}, "batch_size: expected at most 600, 100 times the 6 training images, got 1000"),
+        ({"stop": threading.Event()}, "stop: expected a function, such as is_set of a threading.Event, got a Event"),
+        ({"wandb": True}, "wandb: expected the name of a project, got True"),
+        ({"recipe": np.array(["a", "b"])}, "recipe: expected one of official, finetune, tiny, got a ndarray"),
+        ({"exif": np.array(["a", "b"])}, "exif: expected one of turn, ignore, got a ndarray"),
         ({"accept_changed_data": True}, "accept_changed_data: expected resume beside it"),
     ],
 )
@@ -192,6 +202,49 @@ def test_stopped_and_resumed_off_the_main_thread_and_in_an_event_loop(run, data,
     detector, _ = asyncio.run(resumed())
     assert not detector.stopped
     same_weights(out, tmp_path / "run")
+
+
+def test_one_training_at_a_time(data, tmp_path):
+    refused = []
+
+    def stop():
+        with pytest.raises(TrainingError, match="another thread of this process is training"):
+            detr.train(data, out=tmp_path / "second", **GIVEN, **SMALL)
+        refused.append(1)
+        return True
+
+    thread = threading.Thread(
+        target=detr.train, args=(data,), kwargs={"out": tmp_path / "a", "stop": stop} | GIVEN | SMALL
+    )
+    thread.start()
+    thread.join()
+    assert refused and not (tmp_path / "second").exists()
+
+
+def test_evaluations_in_threads_leave_standard_output_alone(run, data):
+    before, said = sys.stdout, []
+    threads = [threading.Thread(target=lambda: said.append(run[1].evaluate(data, workers=0))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+        assert sys.stdout is before
+    tables = {str(each) for each in said}
+    assert len(said) == 4 and len(tables) == 1 and "maxDets=100" in tables.pop()
+
+
+def test_numbers_of_numpy(data, tmp_path):
+    """They are plain numbers in the checkpoint, which else could not be read."""
+    fields = SMALL | {"lr": np.float64(1e-3), "steps": np.int64(2), "amp": np.str_("none"), "beta2": np.float32(0.5)}
+    shutil.rmtree(shutil.copytree(data, tmp_path / "data") / "val")
+    (tmp_path / "data" / "instances_val.json").unlink()
+    held = {"val_fraction": np.float64(0.4), "split_seed": np.int32(3)}
+    detector = detr.train(tmp_path / "data", out=tmp_path / "run", **held, **GIVEN, **fields)
+    assert (detector.config.lr, detector.config.steps, detector.config.beta2) == (1e-3, 2, 0.5)
+    assert all(type(value) in (int, float, str, bool, type(None)) for value in detector.config.to_dict().values())
+    assert detr.load(tmp_path / "run", "cpu").evaluate(tmp_path / "data")["images"] == 2
+    detector.save(tmp_path / "saved.pt")
+    assert detr.load(tmp_path / "saved.pt").config == detector.config
 
 
 def test_another_detectors_weights_and_minutes(run, data, tmp_path, capsys):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from detr.errors import DataError
+from detr.errors import ArgumentError, DataError
 from detr.formats.coco import find_coco, find_roboflow
 from detr.formats.found import Found, Given
 from detr.formats.voc import find_voc
@@ -94,9 +94,9 @@ def open_dataset(
     if isinstance(found[name], DataError):
         raise found[name]
     if given.classes and name != "voc":
-        raise DataError(f"--classes: expected with Pascal VOC, which has no order of classes, got {FORMATS[name][0]}")
+        raise ArgumentError(f"classes: expected with Pascal VOC, which has no order of classes, got {FORMATS[name][0]}")
     if (given.json or given.images) and name != "coco":
-        raise DataError(f"names of json files and image folders: expected with --format coco, got {name}")
+        raise ArgumentError(f"names of json files and image folders: expected with --format coco, got {name}")
     return Dataset(root, name, found[name])
 
 
