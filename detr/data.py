@@ -247,16 +247,18 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate_arrays,
-        worker_init_fn=_leave_ctrl_c_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
         # the loader would draw a seed from the global generator, which a resumed run has to find unchanged
         generator=torch.Generator(),
     )
 
 
-def _leave_ctrl_c_to_the_parent(_worker: int) -> None:
-    # a terminal sends it to all processes; the parent still needs batches to end its step
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    # a terminal sends Ctrl-C to all processes, and a scheduler SIGTERM; the parent still needs batches to end its step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a second one is meant for this process
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def validation_loader(

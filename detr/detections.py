@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from detr.errors import DataError, DetrError, MissingPackageError
-from detr.images import AnyImage, as_picture, draw_boxes
+from detr.images import DEFAULT_READING, AnyImage, Reading, as_picture, draw_boxes
 from detr.labels import drawable_names
 
 _SHOWN = 20  # rows of a text
@@ -55,10 +55,11 @@ class Detections:
         categories: dict[int, str],
         size: tuple[int, int],
         source: Any = None,
+        reading: Reading = DEFAULT_READING,
     ) -> None:
         self.xyxy = np.asarray(xyxy, np.float32).reshape(-1, 4)
         self.scores, self.labels = np.asarray(scores, np.float32), np.asarray(labels, np.int64)
-        self._categories, self.size, self.source = categories, size, source
+        self._categories, self.size, self.source, self._reading = categories, size, source, reading
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +95,7 @@ class Detections:
             if index.ndim != 1 or index.dtype.kind not in "biu":
                 raise TypeError("index: expected an integer, a slice, or a list of integers or of True and False")
         some = (x[index] for x in (self.xyxy, self.scores, self.labels))
-        return Detections(*some, self._categories, self.size, self.source)
+        return Detections(*some, self._categories, self.size, self.source, self._reading)
 
     def __repr__(self) -> str:
         width, height = self.size
@@ -149,7 +150,7 @@ class Detections:
         Raises:
             DataError: it is no image, the file is gone, or it is of another size.
         """
-        picture = as_picture(self.source if image is None else image, "image")
+        picture = as_picture(self.source if image is None else image, "image", self._reading)
         if picture.size != self.size:
             expected, got = (f"{width} x {height}" for width, height in (self.size, picture.size))
             raise DataError(f"image: expected {expected} pixels, as the one of these detections, got {got}")

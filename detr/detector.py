@@ -153,7 +153,7 @@ class Detector:
         pictures = ((i, as_picture(image, names[i], reading)) for i, image in enumerate(given))
         found = dict(self.stream(pictures, threshold, batch_size))
         for i, each in found.items():
-            each.source = given[i]
+            each.source, each._reading = given[i], reading
         return found[0] if single else [found[i] for i in range(len(given))]
 
     def stream(
@@ -175,7 +175,10 @@ class Detector:
         threshold, batch_size = checked("threshold", threshold), checked("batch_size", batch_size) or 1
         threshold = THRESHOLD if threshold is None else threshold
         waiting: dict[tuple[int, ...], list[tuple[K, tuple[int, int], Tensor]]] = defaultdict(list)
-        for key, image in pictures:
+        for pair in pictures:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ArgumentError(f"pictures: expected pairs of a key and an image, got {short(pair)}")
+            key, image = pair
             picture = as_picture(image, f"image {key}")
             pixels = load_pixels(picture, self.config)
             batch = waiting[pixels.shape]
@@ -232,11 +235,11 @@ class Detector:
             max_dets: most detections of an image that count, the best ones.
 
         Returns:
-            A dict: AP, AP50, AP75, APS, APM, APL, AR1, AR10, AR100, ARS, ARM and ARL, 0 to 1, or None where there is no
-            object of the kind (COCO's table has -1 there); "per_class": for each name AP, AP50, boxes, and the score
-            with the best F1; "images", "unreadable", "left_out", "max_dets" and "seconds". Printed, it is COCO's table
-            and one of the classes. A line on standard output says so if the split had to be held out of the training
-            images.
+            A dict: AP, AP50, AP75, APS, APM, APL, AR1, AR10, AR100 (with another `max_dets` AR of that number), ARS,
+            ARM and ARL, 0 to 1, or None where there is no object of the kind (COCO's table has -1 there); "per_class":
+            for each name AP, AP50, boxes, and the score with the best F1; "images", "unreadable", "left_out",
+            "max_dets" and "seconds". Printed, it is COCO's table and one of the classes. A line on standard output says
+            so if the split had to be held out of the training images.
 
         Raises:
             DataError: the dataset cannot be read, or has other classes; names file and entry. ArgumentError: names the

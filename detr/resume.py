@@ -59,6 +59,8 @@ def located(data: Any, given: dict[str, str], path: Path) -> dict[str, Any]:
     # runs of the first version kept the folder as it was typed
     places = [Path.cwd() / root, *(parent / root for parent in path.resolve().parents)]
     found = next((place for place in places if place.exists()), None)
+    if found is None and "data" in given:
+        raise DataError(f"{root}: expected the folder of the dataset of this run, found nothing there")
     if found is None:
         raise DataError(f"{root}: the dataset of this run is no longer there: say where it is now with --data")
     return data | {"data": os.path.abspath(found)}

@@ -131,7 +131,7 @@ class Run:
         Args:
             val: `detr.data.validation_loader` of the validation split.
             data: json values that config.json and the checkpoints keep: where the data is, and "wandb" if it is wanted.
-            stop: asked before each step; True ends the run after it, with a checkpoint.
+            stop: asked at the start and before each step; there True ends the run after the step, with a checkpoint.
 
         Returns:
             The last evaluation, or None if the run was stopped.
@@ -144,6 +144,7 @@ class Run:
         place = {"total": self.total_steps, "initial": self.steps_done, "disable": not distributed.is_main()}
         record = open_record(out, self.steps_done, self.config, data, self.split.categories)
         with progress(desc="training", unit="step", **place) as bar, contextlib.closing(record):
+            stop()  # who listens for signals begins before there are loader processes
             saved = mark = time.perf_counter()
             for batches in self.batches():
                 step = self.step(batches, stop())

@@ -97,7 +97,10 @@ def test_other_ways_of_reading(detector, tmp_path, monkeypatch):
     exif[0x0112] = 6
     Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert detector.predict("~/a.jpg", exif="ignore").size == (80, 40) and detector.predict("~/a.jpg").size == (40, 80)
+    for image in ("~/a.jpg", Image.open(tmp_path / "a.jpg")):
+        stored = detector.predict(image, exif="ignore")
+        assert stored.size == stored[:1].draw().size == (80, 40) and stored._repr_png_()
+        assert detector.predict(image).size == detector.predict(image).draw().size == (40, 80)
     monkeypatch.setattr("detr.images.MAX_PIXELS", 3000)
     limit = Image.MAX_IMAGE_PIXELS
     with pytest.raises(DataError, match="the limit against decompression bombs: --large-images reads it all the same"):
@@ -135,6 +138,24 @@ def test_lists_keep_their_order(detector, model):
     assert list(streamed) == ["a", "b", "c"] and streamed["b"].source == "b" and len(streamed["b"]) == 2
     with pytest.raises(DataError, match=r"image 7: expected a uint8 array"):
         list(detector.stream([(7, PIXELS[..., :2])]))
+    with pytest.raises(ArgumentError, match="pictures: expected pairs of a key and an image, got a ndarray"):
+        list(detector.stream([PIXELS]))
+
+
+def test_few_images_wait_for_others_of_their_size(detector):
+    """With a batch size of 2 never more than 16, of however many sizes."""
+    taken = []
+    found = detector.stream(((i, taken.append(i) or PIXELS[:, : 20 + i]) for i in range(40)), batch_size=2)
+    assert next(found)[1].size[1] == 40 and len(taken) <= 16
+    assert len(list(found)) == 39 and len(taken) == 40
+
+
+def test_numbers_from_0_to_1_are_the_nearest_of_256(detector, model):
+    """x / 255 * 255 is below x for some of them."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        detector.predict([levels, (levels.double() / 255).to(dtype)])
+        assert torch.equal(model.seen[-1], model.seen[-2])
 
 
 CHW = torch.zeros(3, 5, 6)

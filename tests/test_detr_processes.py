@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -215,6 +216,24 @@ def test_a_loader_process_that_is_killed(data, monkeypatch):
     trainer = Run(OFFICIAL, load_split(data, "train"), CPU, workers=1)
     with pytest.raises(TrainingError, match=r"^step 0: DataLoader worker .*; fewer --workers need less memory$"):
         next(trainer.batches())
+
+
+def test_loader_processes_leave_the_first_signal_to_their_parent(data):
+    """A scheduler sends SIGTERM to all processes of a run, whose last step needs batches."""
+    run = Run(OFFICIAL, load_split(data, "train"), CPU, workers=2)
+    expected = [batch[0].shape for [batch] in Run(OFFICIAL, load_split(data, "train"), CPU, workers=0).batches()]
+    batches, shapes = run.batches(), []
+    shapes.append(next(batches)[0][0].shape)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    shapes += [batch[0].shape for [batch] in batches]
+    assert shapes == expected
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
 
 
 def test_a_loader_process_without_memory(data, monkeypatch):

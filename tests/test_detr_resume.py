@@ -129,7 +129,7 @@ def test_what_is_no_change(work, capsys):
 def test_moved_data(work, monkeypatch, capsys):
     shutil.move(work / "data", work / "elsewhere")
     assert resume(work, "--data", work / "nowhere") == 1
-    assert f"{work}/nowhere: the dataset of this run is no longer there" in last_line(capsys)
+    assert f"{work}/nowhere: expected the folder of the dataset of this run, found nothing there" in last_line(capsys)
     monkeypatch.chdir(work / "elsewhere")
     assert resume(work, "--data", ".") == 0 and steps_done(work) == 4
     # and it remembers where

@@ -15,7 +15,7 @@ from detr_runs import advance, trained
 from torch._dynamo.utils import counters
 
 from detr import checkpoint, load
-from detr.data import validation_loader
+from detr.data import TrainingStream, validation_loader
 from detr.distributed import StopOnSignal
 from detr.errors import CheckpointError
 from detr.evaluate import evaluate
@@ -70,10 +70,12 @@ def test_five_steps_and_five_more_are_ten(splits, tmp_path, changes):
     losses = advance(straight, 10)
     first = Run(config, splits[0], CPU)
     begun = advance(first, 5)
+    straight.unreadable = first.unreadable = ["a.jpg: broken"]
     checkpoint.save(tmp_path / "a.pt", first.state())
     torch.rand(100)
     second = Run(config, splits[0], CPU, workers=1)
     second.load_state(checkpoint.load(tmp_path / "a.pt"), tmp_path / "a.pt")
+    assert second.unreadable == ["a.jpg: broken"]
     assert begun + advance(second, 5) == losses
     assert_same_state(second.state(), straight.state())
     assert second.finished and list(second.batches()) == []
@@ -235,14 +237,17 @@ def test_compiled_without_a_graph_break(splits, monkeypatch):
 def test_averaged_weights_are_evaluated_and_kept(splits, tmp_path):
     config = replace(SMALL, steps=4, eval_steps=2, ema=0.5, dropout=0.0)
     run = Run(config, splits[0], CPU)
-    name = "transformer.level_embed"
-    averaged = None
+    name, statistics = "transformer.level_embed", "backbone.stem.1.running_mean"
+    averages = {}
     for n, batches in enumerate(run.batches()):
         run.step(batches)
-        current = run.learner.model.state_dict()[name]
         decay = min(0.5, (1 + n) / (10 + n))
-        averaged = current.clone() if n == 0 else decay * averaged + (1 - decay) * current
-    torch.testing.assert_close(run.learner.average.module.state_dict()[name], averaged)
+        for key in (name, statistics):
+            current = run.learner.model.state_dict()[key]
+            averages[key] = current.clone() if n == 0 else decay * averages[key] + (1 - decay) * current
+    averaged = averages[name]
+    for key, expected in averages.items():
+        torch.testing.assert_close(run.learner.average.module.state_dict()[key], expected)
     val = validation_loader(splits[1], config, CPU)
     metrics = trained(Run(config, splits[0], CPU), val, tmp_path, {})
     for file in ("best.pt", "checkpoint.pt"):
@@ -287,6 +292,62 @@ def test_every_preset_of_the_paper_trains(splits, name):
     one = replace(splits[1], images=splits[1].images[:1])
     metrics, _ = evaluate(run.learner.model, validation_loader(one, config, CPU, workers=0), CPU)
     assert metrics["images"] == 1
+
+
+def test_what_a_run_asks_of_the_stream(splits, monkeypatch):
+    asked = []
+
+    def stream(*arguments, **given):
+        asked.append(given)
+        return TrainingStream(*arguments, **given)
+
+    monkeypatch.setattr("detr.run.TrainingStream", stream)
+    for changes in ({}, {"augment": "tiny", "shape_groups": False, "denoising": 0}):
+        next(Run(replace(SMALL, **changes), splits[0], CPU).batches())
+    assert [given["group"] for given in asked] == [2, 1] and [given["denoising"] for given in asked] == [24, 0]
+    assert [given["early"][1] for given in asked] == [8, 0]
+
+
+def test_processes_drop_other_neurons(splits):
+    losses = []
+    for rank in (0, 1):
+        run = Run(SMALL, splits[0], CPU)
+        batches = next(run.batches())
+        run.rank = rank
+        losses.append(run.step(batches).loss)
+    assert losses[0] != losses[1]
+
+
+def test_a_killed_run_loses_ten_minutes_at_most(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr("detr.run.CHECKPOINT_SECONDS", 0)
+    asked = []
+
+    def killed():
+        asked.append(1)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(SMALL, splits[0], CPU).train(validation_loader(splits[1], SMALL, CPU), tmp_path, {}, killed)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["steps_done"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_acts_as_ever(number):
+    received, before = [], signal.getsignal(number)
+    signal.signal(number, lambda *_: received.append(1))
+    try:
+        with contextlib.closing(StopOnSignal()) as stop:
+            os.kill(os.getpid(), number)
+            assert received == [1] and not stop.received  # nobody had asked
+            assert not stop()
+            os.kill(os.getpid(), number)
+            assert received == [1] and stop.received and stop()
+            os.kill(os.getpid(), number)
+            assert received == [1, 1]
+    finally:
+        signal.signal(number, before)
 
 
 def test_learning_rates():

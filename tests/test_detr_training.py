@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from PIL import Image
 import detr
 from detr import ArgumentError, CheckpointError, DataError, DetrError, OutputError, TrainingError, checkpoint
 from detr.cli import main
+from detr.presets import preset
 from detr.synth import write_dataset
+from detr.training import _first_weights
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # test processes share the cores
@@ -50,6 +53,7 @@ def state_of_process():
     generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     others = warnings.showwarning, threading.excepthook, sys.stdout, Image.MAX_IMAGE_PIXELS, os.getcwd()
+    others += (threading.enumerate(),)
     return generators, handlers, list(warnings.filters), others
 
 
@@ -181,7 +185,7 @@ def test_stopped_and_resumed_off_the_main_thread_and_in_an_event_loop(run, data,
 
     def stop():
         asked.append(1)
-        if len(asked) == 3:
+        if len(asked) == 4:  # at the start, and before the third step
             event.set()
         return event.is_set()
 
@@ -202,6 +206,27 @@ def test_stopped_and_resumed_off_the_main_thread_and_in_an_event_loop(run, data,
     detector, _ = asyncio.run(resumed())
     assert not detector.stopped
     same_weights(out, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "state", "asked"),
+    [
+        ({}, None, None, ["resnet18"]),
+        ({"pretrained_backbone": False}, None, None, []),
+        ({}, Path("file.pth"), None, []),
+        ({}, None, {"steps_done": 3}, []),
+    ],
+)
+def test_imagenets_weights_are_for_new_models_without_others(monkeypatch, changes, weights, state, asked):
+    loaded = []
+    monkeypatch.setattr("detr.training.load_imagenet", lambda backbone, name: loaded.append(name))
+    monkeypatch.setattr("detr.training.load_weights", lambda *_: "a report")
+    config = preset("deformable_detr_r50", backbone="resnet18", **changes)
+    initialise = _first_weights(config, SimpleNamespace(class_names=["a"]), weights, state)
+    assert (initialise is None) == (state is not None)
+    if initialise:
+        initialise(SimpleNamespace(backbone=None))
+    assert loaded == asked
 
 
 def test_one_training_at_a_time(data, tmp_path):
