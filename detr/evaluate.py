@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import sys
 import threading
 import time
 import warnings
@@ -87,7 +88,7 @@ def coco_metrics(
             results.append(_entry(numbers[image_id], label, box) | {"iscrowd": 0, "score": score})
 
     COCO, COCOeval = _evaluator(evaluator)
-    with _heard() as said:
+    with _heard(COCO, COCOeval) as said:
         truth, found = (_coco(COCO, split, numbers, entries) for entries in (ground_truth, results))
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.maxDets = [min(n, max_dets) for n in (1, 10, max_dets)]
@@ -179,17 +180,18 @@ def _evaluator(name: str | None) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[list[str]]:
-    """What pycocotools prints goes to this list: standard output is every thread's, and stays as it is."""
-    from pycocotools import coco, cocoeval
-
+def _heard(*classes: type) -> Iterator[list[str]]:
+    """What the modules of these classes print goes to this list: standard output belongs to all threads, and stays."""
     said: list[str] = []
+    modules = {sys.modules[each.__module__] for each in classes}
     with _PRINTING:
-        coco.print = cocoeval.print = said.append
+        for module in modules:
+            module.print = said.append
         try:
             yield said
         finally:
-            del coco.print, cocoeval.print
+            for module in modules:
+                del module.print
 
 
 def _coco(COCO: Any, split: Split, numbers: dict[int, int], annotations: list[dict[str, Any]]) -> Any:

@@ -1,11 +1,11 @@
 """Training survives: what is broken is skipped, replaced or named, and a run that was killed goes on."""
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +17,7 @@ import pytest
 import torch
 from detr_runs import advance, trained
 from PIL import Image
+from user_files import full_disk
 
 from detr import checkpoint, run_folder
 from detr.data import validation_loader
@@ -222,22 +223,16 @@ def test_a_disk_that_fills_up(splits, tmp_path, monkeypatch):
     config = replace(SMALL, steps=4, eval_steps=2)
     val = validation_loader(splits[1], config, CPU)
     path = tmp_path / "checkpoint.pt"
-    step = Run.step
+    step, full = Run.step, contextlib.ExitStack()
 
     def disk_is_full(run, batches, stop=False):
-        if run.steps_done == 3:  # a file may not grow beyond 100 kB from here on
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        if run.steps_done == 3:
+            full.enter_context(full_disk(100_000))
         return step(run, batches, stop)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     monkeypatch.setattr(Run, "step", disk_is_full)
-    try:
-        with pytest.raises(OutputError, match=r"(best|checkpoint)\.pt: not written: File too large"):
-            trained(Run(config, splits[0], CPU), val, tmp_path, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    with full, pytest.raises(OutputError, match=r"(best|checkpoint)\.pt: not written: File too large"):
+        trained(Run(config, splits[0], CPU), val, tmp_path, {})
     monkeypatch.undo()
     assert not list(tmp_path.glob(".*.tmp"))
     resumed = Run(config, splits[0], CPU)

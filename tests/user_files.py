@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,14 @@ def _permissions_count() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond `room` bytes, which fails where a full disk would."""
+    """No file may grow beyond `room` bytes, which fails where a full disk would.
+
+    Python keeps no bytecode meanwhile: of what is imported for the first time it would keep the first `room` bytes, for
+    every process that comes after.
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    of_children = os.environ.get("PYTHONDONTWRITEBYTECODE", "")
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -85,3 +93,5 @@ def full_disk(room: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+        sys.dont_write_bytecode = before
+        os.environ["PYTHONDONTWRITEBYTECODE"] = of_children
