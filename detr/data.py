@@ -1,7 +1,9 @@
 """From the images and boxes of a split to batches: the torch datasets, the collate function and the loaders."""
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -257,8 +259,16 @@ def make_loader(
 def _leave_signals_to_the_parent(_worker: int) -> None:
     # a terminal sends Ctrl-C to all processes, and a scheduler SIGTERM; the parent still needs batches to end its step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # a second one is meant for this process
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_parents_sigterm, daemon=True).start()
+
+
+def _end_with_the_parents_sigterm() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def validation_loader(
