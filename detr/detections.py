@@ -97,6 +97,10 @@ class Detections:
         some = (x[index] for x in (self.xyxy, self.scores, self.labels))
         return Detections(*some, self._categories, self.size, self.source, self._reading)
 
+    def found_in(self, source: Any, reading: Reading) -> "Detections":
+        """The same, of an image that was given as `source` and read in a certain way."""
+        return Detections(self.xyxy, self.scores, self.labels, self._categories, self.size, source, reading)
+
     def __repr__(self) -> str:
         width, height = self.size
         lines = [f"{len(self)} object{'' if len(self) == 1 else 's'} in an image of {width} x {height} pixels"]

@@ -152,9 +152,8 @@ class Detector:
         names = ["image"] if single else [f"images[{i}]" for i in range(len(given))]
         pictures = ((i, as_picture(image, names[i], reading)) for i, image in enumerate(given))
         found = dict(self.stream(pictures, threshold, batch_size))
-        for i, each in found.items():
-            each.source, each._reading = given[i], reading
-        return found[0] if single else [found[i] for i in range(len(given))]
+        results = [found[i].found_in(image, reading) for i, image in enumerate(given)]
+        return results[0] if single else results
 
     def stream(
         self, pictures: Iterable[tuple[K, AnyImage]], threshold: float | None = None, batch_size: int = 1

@@ -1,5 +1,15 @@
 """Small training runs for tests."""
 
+from detr.splits import load_split
+from detr.synth import write_dataset
+
+
+def synthetic_splits(root):
+    """The splits "train" of 7 and "val" of 3 images of 64 x 64 pixels, drawn into the folder `root`."""
+    write_dataset(root, 7, 3, 64, 0)
+    train = load_split(root, "train")
+    return train, load_split(root, "val", train.categories)
+
 
 def advance(run, steps):
     """The losses of the next steps."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detr_runs import advance, trained
+from detr_runs import advance, synthetic_splits, trained
 from PIL import Image
 from user_files import full_disk
 
@@ -42,10 +42,7 @@ SMALL = preset(
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("synthetic")
-    write_dataset(root, 7, 3, 64, 0)
-    train_split = load_split(root, "train")
-    return train_split, load_split(root, "val", train_split.categories)
+    return synthetic_splits(tmp_path_factory.mktemp("synthetic"))
 
 
 def rows(run):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from detr_runs import advance, trained
+from detr_runs import advance, synthetic_splits, trained
 from torch._dynamo.utils import counters
 
 from detr import checkpoint, load
@@ -40,10 +40,7 @@ LEARNS = {"backbone": "small", "query_selection": "mixed", "proposal_nms": 0.7}
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("synthetic")
-    write_dataset(root, 7, 3, 64, 0)
-    train_split = load_split(root, "train")
-    return train_split, load_split(root, "val", train_split.categories)
+    return synthetic_splits(tmp_path_factory.mktemp("synthetic"))
 
 
 def assert_same_state(a, b):
