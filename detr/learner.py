@@ -65,7 +65,7 @@ class Learner:
             self.average = AveragedModel(model, multi_avg_fn=_average(config.ema), use_buffers=True)
         self.replica = torch.compile(model, fullgraph=True, dynamic=True) if config.compile else model
         if self.world > 1:
-            self.replica = _shared(self.replica, self.device, config)
+            self.replica = _distributed(self.replica, self.device, config)
         self.criterion = Criterion(config, model.num_classes)
         self.optimizer = torch.optim.AdamW(
             param_groups(model, config),
@@ -93,7 +93,7 @@ class Learner:
         """One optimiser step on the batches of all processes, whose gradients are added up.
 
         Args:
-            unreadable, stop: of this process; the result has them of all, on the way of the other numbers.
+            unreadable, stop: of this process; the result has their sum over all, from the same all-reduce as the losses.
         """
         wanted = [
             [{name: target[name].to(self.device) for name in _WANTED if name in target} for target in targets]
@@ -192,7 +192,7 @@ def param_groups(model: nn.Module, config: Config) -> list[dict]:
     ]
 
 
-def _shared(model: nn.Module, device: torch.device, config: Config) -> DistributedDataParallel:
+def _distributed(model: nn.Module, device: torch.device, config: Config) -> DistributedDataParallel:
     """The model with gradients that are means over all processes."""
     with warnings.catch_warnings():
         # torch 2.14 renames broadcast_buffers, and older ones do not know the new name

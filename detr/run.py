@@ -144,7 +144,7 @@ class Run:
         place = {"total": self.total_steps, "initial": self.steps_done, "disable": not distributed.is_main()}
         record = open_record(out, self.steps_done, self.config, data, self.split.categories)
         with progress(desc="training", unit="step", **place) as bar, contextlib.closing(record):
-            stop()  # who listens for signals begins before there are loader processes
+            stop()  # the first call may set signal handlers, which has to come before loader processes start
             saved = mark = time.perf_counter()
             for batches in self.batches():
                 step = self.step(batches, stop())
@@ -159,7 +159,7 @@ class Run:
                 evaluation = self.evaluate(val) if self.evaluation_is_due else None
                 if evaluation:
                     record.write_metrics(self.steps_done, self.epoch, evaluation.metrics)
-                    if self._is_best(evaluation.metrics):
+                    if self._note_if_best(evaluation.metrics):
                         record.save("best.pt", self.weights() | {"metrics": evaluation.metrics, "data": data})
                 if step.stop or evaluation or time.perf_counter() - saved > CHECKPOINT_SECONDS:
                     record.save("checkpoint.pt", self.state() | {"data": data})
@@ -267,14 +267,17 @@ class Run:
         detections = {image_id: found for share in shares or () for image_id, found in share.items()}
         return Evaluation(detections, *distributed.from_main(lambda: coco_metrics(val.dataset.split, detections)))
 
-    def _is_best(self, metrics: dict[str, Any]) -> bool:
-        """Note an evaluation; whether it is better than all before."""
+    def _note_if_best(self, metrics: dict[str, Any]) -> bool:
+        """Take an evaluation into `best_ap` and `stale`; whether it is better than all before."""
         better = metrics["AP"] > self.best_ap
         self.best_ap, self.stale = (metrics["AP"], 0) if better else (self.best_ap, self.stale + 1)
         return better
 
     def pop_averages(self) -> dict[str, float]:
-        """Mean losses and gradient norm of the steps since the last call that were not skipped."""
+        """Means since the last call, over the steps that were not skipped: losses, gradient norm, seconds per step.
+
+        The seconds of skipped steps are shared out among the others.
+        """
         count = self.sums.pop("count", 0)
         averages = {name: value / count for name, value in self.sums.items() if count}
         self.sums.clear()

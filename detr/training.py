@@ -96,7 +96,8 @@ def train(
             image_size=320: the shorter side of an image in the model, pixels; the longest allowed follows it.
 
     Returns:
-        What `detr.load` gives for the folder of the run: the step with the best average precision.
+        What `detr.load` gives for the folder of the run: the detector of the step with the best average precision, or
+        of the last step if none was evaluated.
 
     Raises:
         ArgumentError: names the argument or field. DataError: names file and entry. CheckpointError: of `weights` or
@@ -121,7 +122,7 @@ def train(
     choices = {"preset": preset, "out": out, "recipe": recipe, "minutes": minutes, "wandb": wandb, "weights": weights}
     folder = run_folder_of(out, resume)
     with contextlib.ExitStack() as held:
-        held.enter_context(_alone())
+        held.enter_context(_one_at_a_time())
         device = device_of(device)
         held.enter_context(_random_state_kept(device))
         device = held.enter_context(distributed.joined(device))
@@ -182,18 +183,18 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-_ONE = threading.Lock()
+_TRAINING = threading.Lock()
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _one_at_a_time() -> Iterator[None]:
     """A second training in another thread would draw from the same random generators, and neither could be repeated."""
-    if not _ONE.acquire(blocking=False):
+    if not _TRAINING.acquire(blocking=False):
         raise TrainingError("another thread of this process is training: expected one training at a time")
     try:
         yield
     finally:
-        _ONE.release()
+        _TRAINING.release()
 
 
 @contextlib.contextmanager
