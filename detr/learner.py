@@ -93,7 +93,7 @@ class Learner:
         """One optimiser step on the batches of all processes, whose gradients are added up.
 
         Args:
-            unreadable, stop: of this process; the result has their sum over all, from the same all-reduce as the losses.
+            unreadable, stop: of this process; the result has their sums over all, from the all-reduce of the losses.
         """
         wanted = [
             [{name: target[name].to(self.device) for name in _WANTED if name in target} for target in targets]

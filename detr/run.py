@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import multiprocessing
 import time
 import warnings
 from collections import Counter
@@ -213,7 +214,10 @@ class Run:
                     raise
                 lines = str(error).strip().splitlines()
                 text = lines[-1] if lines[0].startswith("Caught") else lines[0]  # the last of a traceback
-                raise TrainingError(f"step {self.steps_done}: {text}; fewer --workers need less memory") from error
+                hint = "fewer --workers need less memory"
+                if multiprocessing.get_start_method() != "fork":  # each process imports the script that started it
+                    hint += ', and a script must call this below `if __name__ == "__main__":`'
+                raise TrainingError(f"step {self.steps_done}: {text}; {hint}") from error
             if not batches:
                 return
             yield batches

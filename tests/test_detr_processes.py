@@ -218,6 +218,14 @@ def test_a_loader_process_that_is_killed(data, monkeypatch):
         next(trainer.batches())
 
 
+def test_a_script_whose_loader_processes_import_it_again(data, monkeypatch):
+    monkeypatch.setattr(DetectionDataset, "_read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda *_: "spawn")
+    batches = Run(OFFICIAL, load_split(data, "train"), CPU, workers=1).batches()
+    with pytest.raises(TrainingError, match=r"and a script must call this below `if __name__ == \"__main__\":`$"):
+        next(batches)
+
+
 def test_loader_processes_leave_the_first_signal_to_their_parent(data):
     """A scheduler sends SIGTERM to all processes of a run, whose last step needs batches."""
     run = Run(OFFICIAL, load_split(data, "train"), CPU, workers=2)
