@@ -1,11 +1,13 @@
 """From the images and boxes of a split to batches: the torch datasets, the collate function and the loaders."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -216,7 +218,9 @@ class Loader(DataLoader):
     """Batches of `collate`. Between processes targets are arrays: each of their tensors would keep a file open."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[dict[str, Any]]]]:
-        for images, mask, targets in super().__iter__():
+        with _signals_held() if self.num_workers else contextlib.nullcontext():
+            batches = super().__iter__()  # starts the processes
+        for images, mask, targets in batches:
             yield images, mask, [_map(target, np.ndarray, torch.from_numpy) for target in targets]
 
 
@@ -256,12 +260,33 @@ def make_loader(
     )
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What comes for this thread waits. Processes that are started here hold it back too, until they are ready for it.
+
+    Those of a fork server are not: they have its mask and not ours.
+    """
+    method = multiprocessing.get_start_method()
+    if not hasattr(signal, "pthread_sigmask") or method == "forkserver":
+        yield
+        return
+    if method == "spawn":
+        resource_tracker.ensure_running()  # unblocks these signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
     # a terminal sends Ctrl-C to all processes, and a scheduler SIGTERM; the parent still needs batches to end its step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parents_sigterm, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_with_the_parents_sigterm() -> None:

@@ -19,6 +19,7 @@ import torch
 from user_files import SMALL
 
 from detr import checkpoint, run_folder
+from detr import data as data_module
 from detr.cli import main
 from detr.data import DetectionDataset, TrainingStream, validation_loader
 from detr.errors import DataError, TrainingError
@@ -76,9 +77,17 @@ def test_nothing_that_a_loader_process_is_sent_is_a_tensor(data):
 
 
 STARTED = """
-import multiprocessing, sys
+import multiprocessing, subprocess, sys, threading, time
+def interrupt():  # as soon as there is a loader process, and long before it is ready
+    while not multiprocessing.active_children():
+        time.sleep(0.01)
+    for process in multiprocessing.active_children():
+        for number in ("-TERM", "-INT"):
+            subprocess.run(["kill", number, str(process.pid)], check=True)
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
+    if sys.argv[1] == "spawn":
+        threading.Thread(target=interrupt, daemon=True).start()
     from detr.cli import main
     sys.exit(main(sys.argv[2:]))
 """
@@ -230,8 +239,8 @@ def test_loader_processes_leave_the_first_signal_to_their_parent(data):
     """A scheduler sends SIGTERM to all processes of a run, whose last step needs batches."""
     run = Run(OFFICIAL, load_split(data, "train"), CPU, workers=2)
     expected = [batch[0].shape for [batch] in Run(OFFICIAL, load_split(data, "train"), CPU, workers=0).batches()]
-    batches, shapes = run.batches(), []
-    shapes.append(next(batches)[0][0].shape)
+    batches = run.batches()
+    shapes = [next(batches)[0][0].shape for _ in range(2)]  # one of each process: both are ready for signals
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for number in ("TERM", "TERM", "INT"):  # from another process than the parent
@@ -246,6 +255,28 @@ def test_loader_processes_leave_the_first_signal_to_their_parent(data):
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("number", ["TERM", "INT"])
+def test_a_signal_that_comes_while_loader_processes_start(data, monkeypatch, number):
+    def slow(worker):
+        time.sleep(0.5)
+        prepare(worker)
+
+    prepare = data_module._leave_signals_to_the_parent
+    monkeypatch.setattr(data_module, "_leave_signals_to_the_parent", slow)
+    dataset = DetectionDataset(load_split(data, "train"), training_transform(OFFICIAL))
+    loader = data_module.make_loader(dataset, [[0], [1]], CPU, workers=2)
+    start = multiprocessing.Process.start
+
+    def started(process):
+        start(process)
+        subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)
+
+    monkeypatch.setattr("multiprocessing.context.Process.start", started)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert [len(images) for images, _, _ in loader] == [1, 1]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_a_loader_process_without_memory(data, monkeypatch):
