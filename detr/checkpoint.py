@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr.config import Config, short
+from detr.config import Config, one_line, short
 from detr.errors import CheckpointError
 from detr.model import DeformableDETR, build_model
 from detr.output import WRITTEN_BY, Folder, whole
@@ -238,7 +238,8 @@ def describe(content: dict[str, Any], model: DeformableDETR, config: Config) -> 
     numbers = {name: metrics.get(name) for name in ("AP", "AP50", "AP75")}
     found = ", ".join(f"{name} {v:.3f}" for name, v in numbers.items() if _is_number(v) and v >= 0)
     kind = "a run that can be resumed; the best so far" if "optimizer" in content else "its weights"
-    shown = ", ".join(f"{name} ({i})" for i, name in list(zip(content["category_ids"], names, strict=True))[:12])
+    classes = list(zip(content["category_ids"], map(one_line, names), strict=True))
+    shown = ", ".join(f"{name} ({i})" for i, name in classes[:12])
     more = f", and {len(names) - 12} more" if len(names) > 12 else ""
     return "\n".join(
         [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detr.arguments import NUMBERS, run_folder_of
-from detr.config import COUNT, FORMATS, MAX_DETS, NODES, SEED
+from detr.config import COUNT, FORMATS, MAX_DETS, NODES, SEED, one_line
 from detr.errors import DetrError, MissingPackageError
 from detr.flags import Parser, add_data_flags, add_flags, add_reading_flags, fields_of, names, number, path, place
 from detr.packages import check_packages
@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.began = began
     shown, of_threads = warnings.showwarning, threading.excepthook
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(one_line(f"warning: {message}"), file=sys.stderr)
     # the one of TensorBoard finds the disk full, for example
     threading.excepthook = lambda thread: print(
-        f"warning: {thread.exc_type.__name__}: {thread.exc_value}", file=sys.stderr
+        one_line(f"warning: {thread.exc_type.__name__}: {thread.exc_value}"), file=sys.stderr
     )
     try:
         return options.run(options)
@@ -76,8 +76,7 @@ def _is_want_of_memory(error: Exception) -> bool:
 
 
 def _complain(options: argparse.Namespace, text: str, code: int) -> int:
-    # the name of a file may hold a line break
-    print(f"detr {options.command}: {text}".replace("\n", "\\n"), file=sys.stderr)
+    print(one_line(f"detr {options.command}: {text}"), file=sys.stderr)
     return code
 
 
@@ -346,7 +345,7 @@ def _predict(options: argparse.Namespace) -> int:
         detector, images, options.out, options.threshold, options.batch_size, reading
     )
     for message in unreadable:
-        print(f"warning: {message}", file=sys.stderr)
+        print(one_line(f"warning: {message}"), file=sys.stderr)
     count = sum(len(result["detections"]) for result in results)
     print(f"{options.out}: {count} objects in {len(results)} images; pictures and predictions.json are there")
     return 1 if unreadable else 0

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from detr.config import one_line
 from detr.convert import convert
 from detr.errors import ArgumentError, DataError
 from detr.images import reading_of
@@ -36,7 +37,7 @@ def run_check(options: argparse.Namespace) -> int:
             report[name] = summary(part.split, config)
             print(summary_table(report[name]))
         for line in by_kind(part.problems):
-            print(f"  {line}".replace("\n", "\\n"))  # the name of a file may hold a line break
+            print(one_line(f"  {line}"))
         report[f"{name}_problems"] = [vars(problem) for problem in part.problems]
     fatal = sum(problem.fatal for part in parts.values() for problem in part.problems)
     if any(len(part.problems) > len(by_kind(part.problems)) for part in parts.values()) and not options.json:

@@ -3,6 +3,7 @@
 import argparse
 
 from detr import checkpoint
+from detr.config import one_line
 from detr.detector import load_pixels
 from detr.devices import device_of
 from detr.errors import ArgumentError, OutputError
@@ -45,5 +46,6 @@ def run_inspection(options: argparse.Namespace) -> int:
     drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, shown, score)
     write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
-    print(f"{options.out}: the {count} points that query {query} ({name} {score:.2f}) samples in decoder layer {layer}")
+    found = f"{one_line(name)} {score:.2f}"
+    print(f"{options.out}: the {count} points that query {query} ({found}) samples in decoder layer {layer}")
     return 0

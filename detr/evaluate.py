@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from detr.config import MAX_DETS
+from detr.config import MAX_DETS, one_line
 from detr.model import DeformableDETR
 from detr.postprocess import postprocess
 from detr.progress import progress
@@ -151,7 +151,7 @@ def per_class_table(metrics: dict[str, Any]) -> str:
             f"{'-' if row[key] is None else format(row[key], '.3f'):>{width}}"
             for key, width in (("AP", 6), ("AP50", 6), ("best_f1", 8), ("best_f1_threshold", 9))
         )
-        rows.append(f"{name:<20} {row['boxes']:>7} {' '.join(numbers)}")
+        rows.append(f"{one_line(name):<20} {row['boxes']:>7} {' '.join(numbers)}")
     return "\n".join(rows)
 
 

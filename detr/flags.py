@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from detr.arguments import CHOICES, NUMBERS
-from detr.config import BACKENDS, MAX_PIXELS, RECIPES, Config, short
+from detr.config import BACKENDS, MAX_PIXELS, RECIPES, Config, one_line, short
 from detr.errors import ArgumentError
 from detr.presets import PRESETS, RECIPE_FIELDS
 
@@ -40,9 +40,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others of `detr`."""
 
     def error(self, message: str) -> NoReturn:
-        # an argument may hold a line break
-        text = message.replace("\n", "\\n")
-        self.exit(2, f"{self.prog}: error: {text} (`{self.prog} --help` says more)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (`{self.prog} --help` says more)\n")
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], Any]:

@@ -135,7 +135,7 @@ class Folder:
     def __init__(self, path: Path, by: str) -> None:
         _check_name(path)
         if os.path.lexists(path) and not path.is_dir():
-            raise OutputError(f"{path}: expected a folder to write to, found a file")
+            raise OutputError(f"{path}: expected a folder to write to, found {_what(path)}")
         self.path, self.by = path, by
         self._own: dict[str, set[str | None]] = {}
         self._read()
@@ -347,6 +347,10 @@ def make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _what(path: Path) -> str:
+    return "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
+
+
 def writable(folder: Path) -> None:
     """Make sure, before any work, that files can be made in `folder`, which need not be there yet.
 
@@ -357,7 +361,7 @@ def writable(folder: Path) -> None:
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        raise OutputError(f"{folder}: expected a folder to write to, and {place} is a file")
+        raise OutputError(f"{folder}: expected a folder to write to, and {place} is {_what(place)}")
     if not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OutputError(f"{folder}: not written: no permission to write to {place}")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from detr.config import Config
+from detr.config import Config, one_line
 from detr.split import Split
 from detr.transforms import resized_size
 
@@ -59,4 +59,4 @@ def summary_table(counts: dict[str, Any]) -> str:
     most, total = max(counts["objects_per_class"].values()), max(1, counts["objects"])
     for name, count in counts["objects_per_class"].items():
         rows.append((name, f"{count:>7} {100 * count / total:5.1f} %  {'#' * round(30 * count / max(1, most))}"))
-    return "\n".join(f"  {name:<20} {text}" for name, text in rows)
+    return "\n".join(f"  {one_line(name):<20} {text}" for name, text in rows)

@@ -156,6 +156,33 @@ def test_weights_of_another_label_set(data, run, tmp_path, capsys):
     assert f"detr train: error: {tmp_path / 'other.pt'}:" in capsys.readouterr().err
 
 
+def test_names_that_would_move_the_cursor_of_a_terminal(data, run, tmp_path, capsys):
+    for split in ("train", "val"):
+        content = coco_files.content()
+        content["categories"] = [{"id": 4, "name": "\x1b[31mbee\n"}, {"id": 8, "name": "\x9bst\u00e4r\r"}]
+        for i, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = 4 if i % 2 else 8
+        coco_files.write(tmp_path / "data", content, split)
+    place, out = str(tmp_path / "data"), tmp_path / "run"
+    best = str(out / "best.pt")
+    image = str(next((tmp_path / "data").rglob("*.[jp][pn]g")))
+    assert main(["check-data", place, "--image-size", "64"]) in (0, 1)
+    assert main(["train", "--data", place, "--out", str(out), "--steps", "1", "--weights", str(run), *SMALL]) == 0
+    assert main(["eval", "--data", place, "--checkpoint", best]) == 0
+    assert main(["inspect", best]) == 0
+    assert main(["inspect", best, "--image", image, "--out", str(tmp_path / "x.png")]) == 0
+    assert main(["convert", place, str(tmp_path / "yolo"), "--to", "yolo"]) == 0
+    assert main(["eval", "--data", place, "--checkpoint", f"{tmp_path}/\x1b[31m"]) == 1
+    captured = capsys.readouterr()
+    for name in (
+        "\\x1b[31mbee\\n",
+        "\\x9bst\u00e4r\\r",
+    ):  # two splits of check-data, the tables of train and eval, inspect twice
+        assert captured.out.count(name) >= 6
+    assert not {character for character in captured.out if ord(character) < 32 or 127 <= ord(character) < 160} - {"\n"}
+    assert "\x1b[31m" not in captured.err and "\\x1b[31m: " in captured.err
+
+
 def test_a_real_backbone_from_random_weights_exported(data, tmp_path, capsys, monkeypatch):
     out, exported = tmp_path / "run", tmp_path / "official.pth"
     small = ["--epochs", "1", "--batch-size", "6", "--image-size", "64", "--workers", "0"]

@@ -14,7 +14,7 @@ from detr import checkpoint, demo
 from detr.cli import main
 from detr.errors import OutputError
 from detr.model import build_model
-from detr.output import MANIFEST, Folder
+from detr.output import MANIFEST, Folder, writable
 from detr.presets import preset
 
 torch.set_num_threads(1)  # test processes share the cores
@@ -146,6 +146,17 @@ def test_the_output_holds_files_of_somebody_else(work, name, capsys):
         path.mkdir()
         assert command.run(work, out) == 1 and path.is_dir()
         capsys.readouterr()
+
+
+def test_what_is_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for name, found in (("link", "a link to nothing"), ("file", "a file")):
+        path = tmp_path / name
+        with pytest.raises(OutputError, match=rf"{path}: expected a folder to write to, found {found}$"):
+            Folder(path, "detr predict")
+        with pytest.raises(OutputError, match=rf"{path}/a: expected a folder to write to, and {path} is {found}$"):
+            writable(path / "a")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
