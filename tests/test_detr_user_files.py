@@ -170,8 +170,9 @@ def test_a_folder_that_cannot_be_written_to(work, name, capsys):
     assert snapshot(work) == before
 
 
-@pytest.mark.parametrize("name", [*QUICK, "export torch-export", pytest.param("export onnx", marks=pytest.mark.long),
-                                  pytest.param("export aoti", marks=pytest.mark.long)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(f"export {to}", marks=pytest.mark.long) for to in ("onnx", "torch-export", "aoti"))]
+)
 def test_a_full_disk(work, name, capsys):
     before = snapshot(work)
     with full_disk(room=300):
