@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 import pytest
+from interpreter import patch_the_language_once_a_launch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_the_language_once_a_launch()
 
 # transformers 5 needs Python 3.11; the rest of the suite does not
 NEED_TRANSFORMERS = ["test_detr_weights.py", "test_shims_transformers.py"]

@@ -32,6 +32,7 @@ from torch import Tensor
 from msda_triton import ms_deform_attn, ms_deform_attn_fused
 from tests.fuzz_calls import Call, Inputs, calls, make_inputs
 from tests.fuzz_oracle import difference, fixed_point, oracle
+from tests.interpreter import patch_the_language_once_a_launch
 
 BATCH = 50  # calls, from a seed of their own
 BACKENDS = ("torch", "triton", "inductor", "exported")
@@ -171,6 +172,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the calls (default: %(default)s)")
     parser.add_argument("--show", type=int, default=5, help="wrong calls that are printed whole (default: %(default)s)")
     args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_the_language_once_a_launch()
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of the interpreted kernels
     wrong, kinds, begin = [], Counter(), time.perf_counter()
 
