@@ -90,7 +90,7 @@ def main(data: Path, out: Path) -> None:
 
     # the main process measures, here by a clock of its own
     run = Run(CONFIG, train_split, CPU)
-    set_pace(run, val, 0.05, time.perf_counter() - rank)
+    set_pace(run, val, 0.2, time.perf_counter() - rank)
     found["pace"] = run.total_steps, run.config.steps, take(run, 1)
 
     # a fault of one process is known to both

@@ -274,9 +274,12 @@ def test_numbers_of_numpy(data, tmp_path):
 def test_another_detectors_weights_and_minutes(run, data, tmp_path, capsys):
     out, *_ = run
     fields = {name: value for name, value in SMALL.items() if name != "steps"}
-    detector = detr.train(data, out=tmp_path / "run", weights=out, recipe="finetune", minutes=0.05, **GIVEN, **fields)
+    # stopped after its first step: enough minutes for a machine that is busy need not pass
+    fields |= {"weights": out, "recipe": "finetune", "minutes": 0.5, "stop": lambda: True}
+    detector = detr.train(data, out=tmp_path / "run", **GIVEN, **fields)
+    assert detector.stopped
     printed = capsys.readouterr().out
-    assert f"{out}: a run, of which best.pt is taken" in printed and "0.05 minutes: trying some steps" in printed
+    assert f"{out}: a run, of which best.pt is taken" in printed and "0.5 minutes: trying some steps" in printed
     assert detector.config.recipe == "finetune" and detector.config.steps >= 1
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["steps"] == detector.config.steps
 
