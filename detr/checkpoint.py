@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr.config import Config, one_line, short
+from detr.config import Config, short
 from detr.errors import CheckpointError
 from detr.model import DeformableDETR, build_model
 from detr.output import WRITTEN_BY, Folder, whole
+from detr.terminal import one_line
 
 # of every checkpoint; `checkpoint.pt` of a run adds what continues the training (detr.run)
 KEYS = ("config", "class_names", "category_ids", "model")

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from detr.arguments import NUMBERS, run_folder_of
-from detr.config import COUNT, FORMATS, MAX_DETS, NODES, SEED, one_line
+from detr.config import COUNT, FORMATS, MAX_DETS, NODES, SEED
 from detr.errors import DetrError, MissingPackageError
 from detr.flags import Parser, add_data_flags, add_flags, add_reading_flags, fields_of, names, number, path, place
 from detr.packages import check_packages
 from detr.presets import PRESETS
+from detr.terminal import say
 
 # The commands import what they need by themselves: with PyTorch and its kin `detr --help` would take ten seconds.
 
@@ -40,16 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             check_packages()
         except MissingPackageError as error:
-            print(f"detr: error: {error}", file=sys.stderr)
+            say(f"detr: error: {error}", error=True)
             return 1
     options = _parser().parse_args(arguments)
     options.began = began
     shown, of_threads = warnings.showwarning, threading.excepthook
-    warnings.showwarning = lambda message, *_, **__: print(one_line(f"warning: {message}"), file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", error=True)
     # the one of TensorBoard finds the disk full, for example
-    threading.excepthook = lambda thread: print(
-        one_line(f"warning: {thread.exc_type.__name__}: {thread.exc_value}"), file=sys.stderr
-    )
+    threading.excepthook = lambda thread: say(f"warning: {thread.exc_type.__name__}: {thread.exc_value}", error=True)
     try:
         return options.run(options)
     except (DetrError, OSError) as error:
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain(options, "interrupted", 130)
     except Exception as error:  # whatever it is, the user gets one line
-        message = (str(error).strip() or "no message").splitlines()[0]
+        message = (str(error).strip() or "no message").split("\n")[0]
         if _is_want_of_memory(error):
             return _complain(options, f"error: not enough memory: {message}; fewer or smaller images need less", 1)
         text = f"{type(error).__name__}: {message}"
@@ -76,7 +75,7 @@ def _is_want_of_memory(error: Exception) -> bool:
 
 
 def _complain(options: argparse.Namespace, text: str, code: int) -> int:
-    print(one_line(f"detr {options.command}: {text}"), file=sys.stderr)
+    say(f"detr {options.command}: {text}", error=True)
     return code
 
 
@@ -285,7 +284,7 @@ def _synth(options: argparse.Namespace) -> int:
     train = options.train or (160 if options.large else 2000)
     size = options.size or (192 if options.large else 128)
     write_dataset(options.out, train, options.val, size, options.seed, options.large)
-    print(f"{options.out}: {train} training and {options.val} validation images")
+    say(f"{options.out}: {train} training and {options.val} validation images")
     return 0
 
 
@@ -331,7 +330,7 @@ def _eval(options: argparse.Namespace) -> int:
     metrics = detector.evaluate(options.data, **{name: getattr(options, name) for name in names})
     if options.out:
         write_file(options.out, json_of(metrics, "detr eval"), "detr eval")
-    print(metrics)
+    say(*str(metrics).split("\n"))
     return 0
 
 
@@ -345,9 +344,9 @@ def _predict(options: argparse.Namespace) -> int:
         detector, images, options.out, options.threshold, options.batch_size, reading
     )
     for message in unreadable:
-        print(one_line(f"warning: {message}"), file=sys.stderr)
+        say(f"warning: {message}", error=True)
     count = sum(len(result["detections"]) for result in results)
-    print(f"{options.out}: {count} objects in {len(results)} images; pictures and predictions.json are there")
+    say(f"{options.out}: {count} objects in {len(results)} images; pictures and predictions.json are there")
     return 1 if unreadable else 0
 
 
@@ -360,7 +359,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     options.device = "cpu"
     path = _detector(options).export(options.out, options.to, options.size, options.attention)
-    print(f"{path}: written")
+    say(f"{path}: written")
     return 0
 
 
@@ -371,5 +370,5 @@ def _detector(options: argparse.Namespace) -> Any:
 
     detector = load(options.checkpoint, options.device)
     if said := checkpoint.taken(options.checkpoint, detector.path):
-        print(said)
+        say(said)
     return detector

@@ -4,7 +4,6 @@ import argparse
 import os
 from pathlib import Path
 
-from detr.config import one_line
 from detr.convert import convert
 from detr.errors import ArgumentError, DataError
 from detr.images import reading_of
@@ -14,6 +13,7 @@ from detr.problems import by_kind, raise_or_warn
 from detr.split import SPLITS, Split
 from detr.splits import Dataset, dataset_of, hold_out_of, read_part, read_parts
 from detr.summary import summary, summary_table
+from detr.terminal import say
 
 
 def run_check(options: argparse.Namespace) -> int:
@@ -25,26 +25,26 @@ def run_check(options: argparse.Namespace) -> int:
     config = scaled_preset(options.preset, None, **overrides)
     flags = vars(options)
     dataset = dataset_of(flags)
-    print(f"{dataset.root}: {dataset.title}, {', '.join(dataset.splits)}")
+    say(f"{dataset.root}: {dataset.title}, {', '.join(dataset.splits)}")
     parts, said = read_parts(dataset, None, config, reading_of(flags), decode=True, hold_out=hold_out_of(flags))
     if said:
-        print(said)
+        say(said)
     report = {"format": dataset.format, "splits": dataset.splits}
     for name, part in parts.items():
         source = f"{part.split.source}, " if part.split else ""
-        print(f"{name}: {source}for {config.name} at {config.image_size} pixels")
+        say(f"{name}: {source}for {config.name} at {config.image_size} pixels")
         if not part.fatal:
             report[name] = summary(part.split, config)
-            print(summary_table(report[name]))
+            say(*summary_table(report[name]).split("\n"))
         for line in by_kind(part.problems):
-            print(one_line(f"  {line}"))
+            say(f"  {line}")
         report[f"{name}_problems"] = [vars(problem) for problem in part.problems]
     fatal = sum(problem.fatal for part in parts.values() for problem in part.problems)
     if any(len(part.problems) > len(by_kind(part.problems)) for part in parts.values()) and not options.json:
-        print("--json FILE has every one of them")
+        say("--json FILE has every one of them")
     if options.json:
         write_file(options.json, json_of(report, "detr check-data"), "detr check-data")
-    print("fatal problems:", fatal)
+    say(f"fatal problems: {fatal}")
     return 1 if fatal else 0
 
 
@@ -64,10 +64,10 @@ def run_conversion(options: argparse.Namespace) -> int:
         if Path(os.path.realpath(options.out)).is_relative_to(folder):
             raise DataError(f"{options.out}: expected a folder outside of {folder}, which the dataset is read from")
     for line in convert(splits, options.out, options.to, options.images):
-        print(line)
+        say(line)
     if options.to == "coco" and reading.exif == "ignore":
-        print("boxes are of the pixels as they are stored: read this dataset with --exif ignore too")
-    print(f"{options.out}: {', '.join(f'{len(split.images)} images of {name}' for name, split in splits.items())}")
+        say("boxes are of the pixels as they are stored: read this dataset with --exif ignore too")
+    say(f"{options.out}: {', '.join(f'{len(split.images)} images of {name}' for name, split in splits.items())}")
     return 0
 
 

@@ -3,7 +3,6 @@
 import argparse
 
 from detr import checkpoint
-from detr.config import one_line
 from detr.detector import load_pixels
 from detr.devices import device_of
 from detr.errors import ArgumentError, OutputError
@@ -12,6 +11,7 @@ from detr.labels import drawable_names
 from detr.output import MARKED, claim_file, picture_of, write_file
 from detr.postprocess import best_of_each_query
 from detr.sampling import draw_sampling_points, sampling_points
+from detr.terminal import say
 
 
 def run_inspection(options: argparse.Namespace) -> int:
@@ -22,11 +22,11 @@ def run_inspection(options: argparse.Namespace) -> int:
         claim_file(options.out, "detr inspect")
     device, file = device_of(options.device), checkpoint.file_of(options.checkpoint)
     if said := checkpoint.taken(options.checkpoint, file):
-        print(said)
+        say(said)
     content = checkpoint.load(file)
     model, config = checkpoint.model_of(content, file)
     model, categories = model.to(device).eval(), checkpoint.classes_of(content)
-    print(checkpoint.describe(content, model, config))
+    say(*checkpoint.describe(content, model, config).split("\n"))
     if not options.image:
         return 0
     picture = as_picture(options.image, "image", reading_of(vars(options)))
@@ -46,6 +46,5 @@ def run_inspection(options: argparse.Namespace) -> int:
     drawn = draw_sampling_points(picture, locations[query], weights[query], box, label, shown, score)
     write_file(options.out, picture_of(drawn, options.out.suffix, "detr inspect"), "detr inspect")
     count = weights[query].numel()
-    found = f"{one_line(name)} {score:.2f}"
-    print(f"{options.out}: the {count} points that query {query} ({found}) samples in decoder layer {layer}")
+    say(f"{options.out}: the {count} points that query {query} ({name} {score:.2f}) samples in decoder layer {layer}")
     return 0

@@ -36,14 +36,6 @@ def short(value: Any) -> str:
     return "an integer beyond 64 bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
-_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(0x20), *range(0x7F, 0xA0))}
-
-
-def one_line(text: str) -> str:
-    """A text as a terminal may have it: line breaks and other control characters, in a name for example, as escapes."""
-    return text.translate(_CONTROLS)
-
-
 def _in(default: float | None, low: int, high: int) -> Any:
     """A field that is a number from `low` to `high`."""
     return field(default=default, metadata={"low": low, "high": high})

@@ -257,20 +257,18 @@ def make_loader(
         pin_memory=device.type == "cuda",
         # the loader would draw a seed from the global generator, which a resumed run has to find unchanged
         generator=torch.Generator(),
+        # processes of a fork server, the default of Python 3.14, have its mask of signals and not ours
+        multiprocessing_context="spawn" if workers and multiprocessing.get_start_method() == "forkserver" else None,
     )
 
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """What comes for this thread waits. Processes that are started here hold it back too, until they are ready for it.
-
-    Those of a fork server are not: they have its mask and not ours.
-    """
-    method = multiprocessing.get_start_method()
-    if not hasattr(signal, "pthread_sigmask") or method == "forkserver":
+    """What comes for this thread waits; processes that are started here hold it back too, until they are ready."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    if method == "spawn":
+    if multiprocessing.get_start_method() != "fork":
         resource_tracker.ensure_running()  # unblocks these signals when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
@@ -284,15 +282,18 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_parents_sigterm, daemon=True).start()
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _end_with_the_parents_sigterm() -> None:
-    parent = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with_the_parent() -> None:
+    """When it sends SIGTERM, or is gone: PyTorch does not notice one that ended while this process started."""
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        came = signal.sigtimedwait({signal.SIGTERM}, 2.0)
+        if came is not None and came.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

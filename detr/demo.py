@@ -9,6 +9,7 @@ from pathlib import Path
 
 from detr import cli
 from detr.flags import Parser, number, path
+from detr.terminal import say
 
 IMAGES, STEPS = 2000, 2200  # of the whole demo
 MIN_AP = 0.62  # less than this, of the whole demo, says that something is broken
@@ -44,20 +45,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     ap = json.loads((run / "eval.json").read_text())["AP"]
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"\n{seconds:.0f} s of training with evaluations, at most {gigabytes:.1f} GB of memory, "
-        f"AP {ap:.3f} on {options.val} images\n"
-        f"learning curves: {run / 'curves.png'}\n"
-        f"ground truth beside detections: {run / 'predictions.png'}\n"
-        f"single images with detections: {pictures}"
+    say(
+        "",
+        f"{seconds:.0f} s of training with evaluations, at most {gigabytes:.1f} GB of memory, "
+        f"AP {ap:.3f} on {options.val} images",
+        f"learning curves: {run / 'curves.png'}",
+        f"ground truth beside detections: {run / 'predictions.png'}",
+        f"single images with detections: {pictures}",
     )
     if options.train < IMAGES or options.steps < STEPS:
-        print(
+        say(
             f"{options.steps} steps on {options.train} images show that every part works here. How well the detector "
             f"learns they cannot show: that takes {STEPS} steps on {IMAGES} images, the defaults, and an AP of {MIN_AP}"
         )
     elif ap < MIN_AP:
-        print(f"expected an AP of at least {MIN_AP}: something is wrong", file=sys.stderr)
+        say(f"expected an AP of at least {MIN_AP}: something is wrong", error=True)
         return 1
     return 0
 

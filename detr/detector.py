@@ -24,6 +24,7 @@ from detr.model import DeformableDETR, first_not_finite
 from detr.output import WRITTEN_BY, claim_file, make_parent, whole
 from detr.postprocess import postprocess
 from detr.splits import dataset_of, hold_out_of, load_to_evaluate
+from detr.terminal import say
 from detr.transforms import evaluation_transform, resize
 from detr.weights import export_weights
 
@@ -257,7 +258,7 @@ class Detector:
         before, reading = hold_out_of(resume.known(self._about)), reading_of(flags)
         found, said = load_to_evaluate(dataset, split, self._categories, reading, hold_out_of(flags), before)
         if said:
-            print(said)
+            say(said)
         val = validation_loader(found, self.config, self.device, workers, batch_size)
         metrics, table = evaluate(self.model, val, self.device, max_dets)
         result = Metrics(metrics)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from detr.config import MAX_DETS, one_line
+from detr.config import MAX_DETS
 from detr.model import DeformableDETR
 from detr.postprocess import postprocess
 from detr.progress import progress
 from detr.split import LARGEST_AREA, Split
+from detr.terminal import one_line
 
 # COCOeval.stats in its order; -1 there means that no ground truth is of the kind
 STATS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")

@@ -112,7 +112,8 @@ def _compiled(program: torch.export.ExportedProgram, about: dict[str, str]) -> b
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
     except InductorError as error:  # its message goes on with advice for developers of PyTorch
-        raise ArgumentError(f"to: 'aoti': not compiled: {str(error).splitlines()[0]}") from error
+        first = str(error).split("\n")[0]
+        raise ArgumentError(f"to: 'aoti': not compiled: {first}") from error
     return buffer.getvalue()
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from detr.arguments import CHOICES, NUMBERS
-from detr.config import BACKENDS, MAX_PIXELS, RECIPES, Config, one_line, short
+from detr.config import BACKENDS, MAX_PIXELS, RECIPES, Config, short
 from detr.errors import ArgumentError
 from detr.presets import PRESETS, RECIPE_FIELDS
+from detr.terminal import one_line
 
 # flags that replace a field of the preset: type or choices, text
 CONFIG_FLAGS = {

@@ -207,12 +207,11 @@ class Run:
             try:
                 batches = list(itertools.islice(loader, self.accumulate))
             except DataError as error:  # in a loader process: its message is a whole traceback, which ends with ours
-                line = str(error).strip().splitlines()[-1]
-                raise DataError(line.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+                raise DataError(str(error).rpartition(f"{DataError.__module__}.DataError: ")[2].strip()) from None
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                lines = str(error).strip().splitlines()
+                lines = str(error).strip().split("\n")
                 text = lines[-1] if lines[0].startswith("Caught") else lines[0]  # the last of a traceback
                 hint = "fewer --workers need less memory"
                 if multiprocessing.get_start_method() != "fork":  # each process imports the script that started it

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from detr.config import Config, one_line
+from detr.config import Config
 from detr.split import Split
+from detr.terminal import one_line
 from detr.transforms import resized_size
 
 

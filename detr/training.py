@@ -31,6 +31,7 @@ from detr.problems import raise_or_warn
 from detr.run import Run
 from detr.split import Split
 from detr.splits import dataset_of, hold_out_of, read_parts
+from detr.terminal import say
 from detr.weights import load_weights
 
 
@@ -180,7 +181,7 @@ def _last_file(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def _say(text: str) -> None:
     if text and distributed.is_main():
-        print(text, flush=True)
+        say(*text.split("\n"))
 
 
 _TRAINING = threading.Lock()
@@ -298,18 +299,18 @@ def _introduce(run: Run, val: Split, out: Path) -> None:
     config, learner = run.config, run.learner
     millions = sum(parameter.numel() for parameter in learner.model.parameters()) / 1e6
     images = f"{len(run.split.images)} training and {len(val.images)} validation images"
-    print(f"{config.name}: {millions:.2f} M parameters; {images}; {len(run.split.categories)} classes")
+    say(f"{config.name}: {millions:.2f} M parameters; {images}; {len(run.split.categories)} classes")
     size = config.batch_size // run.accumulate // run.world
     batch = f"{run.world} processes x {run.accumulate} accumulated batches x {size} images"
     passes = run.total_steps * config.batch_size / len(run.split.images)
     steps = f"{run.total_steps} steps of {config.batch_size} images = {passes:.1f} epochs"
-    print(f"recipe {config.recipe}: {steps}; a step: {batch}")
+    say(f"recipe {config.recipe}: {steps}; a step: {batch}")
     groups = zip(learner.optimizer.param_groups, learner.peak_rates, strict=True)
     rates = ", ".join(f"{group['name']} {peak:g}" for group, peak in groups)
     decay = "x0.1 after 80 %" if config.schedule == "step" else "cosine to 0"
     averaging = f"; EMA {config.ema:g}" if config.ema else ""
-    print(f"AdamW rates: {rates}; warm-up {config.warmup_steps} steps, {decay}{averaging}; autocast {config.amp}")
-    print(f"on {run.device}; results in {out}", flush=True)
+    say(f"AdamW rates: {rates}; warm-up {config.warmup_steps} steps, {decay}{averaging}; autocast {config.amp}")
+    say(f"on {run.device}; results in {out}")
     if config.warmup_steps > run.total_steps:
         text = f"the warm-up of {config.warmup_steps} steps is longer than the run of {run.total_steps}"
         warnings.warn(f"warmup_steps: {text}: the rates stay below their full value", stacklevel=3)
@@ -325,4 +326,4 @@ def _introduce(run: Run, val: Split, out: Path) -> None:
             text += f"; the rates were not scaled with the batch (the square-root rule for Adam: --lr {root:.2g})"
         warnings.warn(f"not as in recipe {config.recipe}: {text}", stacklevel=3)
     if run.finished:
-        print(f"finished already, at step {run.steps_done}; to go on, start a run with --weights {out}/best.pt")
+        say(f"finished already, at step {run.steps_done}; to go on, start a run with --weights {out}/best.pt")

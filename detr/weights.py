@@ -15,6 +15,7 @@ from detr.config import SMALL_BACKBONES, ModelConfig, short
 from detr.errors import ArgumentError, CheckpointError
 from detr.model import DeformableDETR, first_not_finite
 from detr.output import WRITTEN_BY, Folder, claim_file, make_parent, whole
+from detr.terminal import one_line
 
 BY = "detr export"
 _HF_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -82,7 +83,7 @@ class Report:
             names = getattr(self, what)
             if names:
                 more = f", and {len(names) - 6} more" if len(names) > 6 else ""
-                lines.append(f"  {what} {len(names)}: {', '.join(names[:6])}{more}")
+                lines.append(f"  {what} {len(names)}: {', '.join(map(one_line, names[:6]))}{more}")
         return "\n".join(lines)
 
 
@@ -245,7 +246,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, RuntimeError, ValueError, LookupError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: not readable: {(str(error) or 'damaged').splitlines()[0]}") from None
+        first = (str(error) or "damaged").split("\n")[0]
+        raise CheckpointError(f"{path}: not readable: {first}") from None
 
 
 def _hf_class_names(path: Path) -> list[str] | None:

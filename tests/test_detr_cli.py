@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import runpy
+import shutil
 import sys
 import types
 from urllib.error import URLError
@@ -173,13 +174,28 @@ def test_names_that_would_move_the_cursor_of_a_terminal(data, run, tmp_path, cap
     assert main(["inspect", best, "--image", image, "--out", str(tmp_path / "x.png")]) == 0
     assert main(["convert", place, str(tmp_path / "yolo"), "--to", "yolo"]) == 0
     assert main(["eval", "--data", place, "--checkpoint", f"{tmp_path}/\x1b[31m"]) == 1
+    # names of folders, of splits and of tensors
+    odd = tmp_path / "a\x1bb\u202ec"
+    content = torch.load(run / "best.pt", weights_only=True)["model"] | {"\x1b[31mevil\r0": torch.zeros(1)}
+    torch.save({"model": content}, tmp_path / "weights.pt")
+    assert main(["synth", str(odd / "data"), "--train", "4", "--val", "2", "--size", "64"]) == 0
+    names = [f"{odd}/data/instances_{split}.json" for split in ("val", "\x1b[31mx")]
+    shutil.copytree(odd / "data" / "val", odd / "data" / "\x1b[31mx")
+    shutil.copy(*names)
+    weights = ["--weights", str(tmp_path / "weights.pt"), "--steps", "1", *SMALL]
+    assert main(["train", "--data", str(odd / "data"), "--out", str(odd / "run"), *weights]) == 0
+    assert main(["train", "--resume", str(odd / "run")]) == 0
+    assert main(["check-data", str(odd / "data"), "--image-size", "64"]) == 0
+    assert main(["convert", str(odd / "data"), str(odd / "coco")]) == 0
+    assert main(["eval", "--data", str(odd / "data"), "--checkpoint", str(odd / "run")]) == 0
+    inputs = ["--checkpoint", str(odd / "run"), "--out", str(odd / "found"), str(odd / "data" / "val")]
+    assert main(["predict", *inputs]) == 0
     captured = capsys.readouterr()
-    for name in (
-        "\\x1b[31mbee\\n",
-        "\\x9bst\u00e4r\\r",
-    ):  # two splits of check-data, the tables of train and eval, inspect twice
-        assert captured.out.count(name) >= 6
-    assert not {character for character in captured.out if ord(character) < 32 or 127 <= ord(character) < 160} - {"\n"}
+    # two splits of check-data, the tables of train and eval, inspect twice
+    assert all(captured.out.count(name) >= 6 for name in ("\\x1b[31mbee\\n", "\\x9bst\u00e4r\\r"))
+    assert "skipped 1: \\x1b[31mevil\\r0" in captured.out and "images of \\x1b[31mx" in captured.out
+    strange = {c for c in captured.out if ord(c) < 32 or 127 <= ord(c) < 160 or c == "\u202e"}
+    assert strange == {"\n"}
     assert "\x1b[31m" not in captured.err and "\\x1b[31m: " in captured.err
 
 

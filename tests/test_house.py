@@ -154,6 +154,15 @@ def test_the_arrows_of_the_detector_only_go_down():
         assert not needs[name] & set(order[i:]), name
 
 
+def test_one_place_prints():
+    """Names from files hold what they like: `detr.terminal.say` alone knows what a terminal may have of it."""
+    for path in (ROOT / "detr").rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+        writes = [call.lineno for call in calls if ast.unparse(call) in ("sys.stdout.write", "sys.stderr.write")]
+        assert path.name == "terminal.py" or not prints + writes, f"{path}: lines {prints + writes}"
+
+
 def test_a_backbone_cannot_read_a_learning_rate():
     for name in ("backbone", "transformer", "model", "position", "boxes"):
         names = {imported for imported, _ in imports(ROOT / "detr" / f"{name}.py")}
