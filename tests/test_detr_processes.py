@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -263,20 +264,22 @@ def blocked():
 
 @pytest.fixture
 def default_signals():
-    """Ctrl-C is heard, as it is not in a job in the background of a shell, and SIGTERM alone is blocked."""
+    """Ctrl-C is heard, as it is not in a job in the background of a shell, and no signal is blocked."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.parametrize("number", ["TERM", "INT"])
-def test_a_signal_that_comes_while_loader_processes_start(data, monkeypatch, default_signals, number):
+@pytest.mark.parametrize(("number", "other"), [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_a_signal_that_comes_while_loader_processes_start(data, monkeypatch, default_signals, number, other):
     def slow(worker):
+        os.write(written, b".")
         time.sleep(0.5)
         prepare(worker)
 
+    read, written = os.pipe()
     prepare = data_module._leave_signals_to_the_parent
     monkeypatch.setattr(data_module, "_leave_signals_to_the_parent", slow)
     dataset = DetectionDataset(load_split(data, "train"), training_transform(OFFICIAL))
@@ -285,13 +288,19 @@ def test_a_signal_that_comes_while_loader_processes_start(data, monkeypatch, def
 
     def started(process):
         start(process)
-        subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)
+        kill = ["kill", f"-{number.value}", str(process.pid)]
+        subprocess.run(kill, check=True)
+        assert select.select([read], [], [], 30)[0], "it does not live until it prepares"
+        os.read(read, 1)
+        subprocess.run(kill, check=True)
 
+    signal.pthread_sigmask(signal.SIG_SETMASK, {other})
     monkeypatch.setattr("multiprocessing.context.Process.start", started)
     batches = iter(loader)
     assert len(next(batches)[0]) == 1
-    assert blocked() == {signal.SIGTERM}  # as before, and not until the last batch
+    assert blocked() == {other}  # as before, and not until the last batch
     assert len(next(batches)[0]) == 1 and next(batches, None) is None
+    os.close(read), os.close(written)
 
 
 def test_loader_processes_that_cannot_be_started(data, monkeypatch, default_signals):
@@ -302,7 +311,7 @@ def test_loader_processes_that_cannot_be_started(data, monkeypatch, default_sign
     loader = validation_loader(load_split(data, "val"), OFFICIAL, CPU, workers=1)
     with pytest.raises(BlockingIOError):
         next(iter(loader))
-    assert blocked() == {signal.SIGTERM}
+    assert blocked() == set()
 
 
 def test_the_resource_tracker_does_not_let_signals_through(monkeypatch, default_signals):
