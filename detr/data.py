@@ -264,7 +264,7 @@ def make_loader(
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """What comes for this thread waits; processes that are started here hold it back too, until they are ready."""
+    """SIGINT and SIGTERM for this thread wait; processes that are started here block both too, until they are ready."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -288,7 +288,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """When it sends SIGTERM, or is gone: PyTorch does not notice one that ended while this process started."""
+    """End this process when its parent sends SIGTERM or is gone, which PyTorch misses while this process starts."""
     parent = multiprocessing.parent_process()
     while parent.is_alive():
         came = signal.sigtimedwait({signal.SIGTERM}, 2.0)
