@@ -1,10 +1,12 @@
-"""Time every kernel configuration on this GPU, and print lines for `TABLE` of `msda_triton/kernels/plan.py`.
+"""Time every kernel configuration on this GPU, beside the one of `TABLE` in `msda_triton/kernels/plan.py`.
 
     python -m benchmarks.tune
+    python -m benchmarks.tune --python table.py               # also writes lines for TABLE, where a winner gains 2 %
     python -m benchmarks.tune --compile 0/8                   # only compile, the first of eight parts: for many cores
     TRITON_INTERPRET=1 python -m benchmarks.tune --dry-run    # rehearsed on a CPU; its times mean nothing
 
-Workloads, dtypes and location distributions are those of the benchmark; a kind of call gets the configuration whose
+Workloads, dtypes and location distributions are those of the benchmark. Plans are compared and timed as `set_autotune`
+does it: one whose results are not those of the table's plan gets no time. A kind of call gets the configuration whose
 slowdown against the best of each case, averaged over its cases, is the least. Writes all times as CSV, each when it is
 known. The host knows the sizes of the levels, as in a detector: encoders take their queries in rectangles.
 """
@@ -15,6 +17,7 @@ import csv
 import functools
 import math
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +30,13 @@ from benchmarks.run import DRY_WORKLOADS, DTYPES, GPU_WORKLOADS, environment
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, Inputs, make_inputs
 from msda_triton.call import Call
 from msda_triton.checks import fused_call, plain_call
-from msda_triton.kernels import launch
+from msda_triton.kernels import launch, tuning
 from msda_triton.kernels import plan as plans
+from tests.interpreter import patch_the_language_once_a_launch
 
 CPU = torch.device("cpu")
 COLUMNS = ("workload", "distribution", "dtype", "provider", "direction", "kind", "config", "ms")
+GAIN = 1.02  # that a winner needs for a line of TABLE: less is noise
 
 
 def calls_of(x: Inputs) -> dict[str, Call]:
@@ -42,39 +47,63 @@ def calls_of(x: Inputs) -> dict[str, Call]:
     }
 
 
-def runs_of(call: Call, grad_out: torch.Tensor) -> Iterator[tuple[str, str, str, plans.Plan, Callable]]:
-    """(direction, kind of the call, configuration, its plan, what runs it) of every configuration."""
-    for direction, configs in plans.CONFIGS.items():
-        kind = plans.kind_of(call, direction)
-        for name in configs:
-            plan = plans.named_plan(name, kind, architecture())
-            if direction == "forward":
-                run = functools.partial(launch.forward, call, plan)
-            else:
-                run = functools.partial(launch.backward, grad_out, call, [True, True, True, False], plan)
-            yield direction, kind.name, name, plan, run
+def named_plans(call: Call, direction: str) -> tuple[plans.Kind, dict[str, plans.Plan]]:
+    """The kind of a call, and what every configuration becomes for it, the table's first."""
+    kind = plans.kind_of(call, direction)
+    names = dict.fromkeys([plans.choose(kind, architecture()), *plans.CONFIGS[direction]])
+    return kind, {name: plans.named_plan(name, kind, architecture()) for name in names}
+
+
+def launch_once(direction: str, call: Call, grad_out: torch.Tensor, run: launch.Run) -> None:
+    if direction == "forward":
+        launch.forward(call, run=run)
+    else:
+        needs = [True, True, True, call.reference_points is not None]
+        launch.backward(grad_out, call, needs, deterministic=False, run=run)
 
 
 def time_call(call: Call, grad_out: torch.Tensor, repeat_ms: float) -> Iterator[tuple[str, str, str, float]]:
     """(direction, kind of the call, configuration, ms) of every configuration of both directions.
 
-    Calls of few rows are timed in a CUDA graph: there the host takes longer than the kernels.
+    Infinite for what cannot run here, or is wrong. Calls of few rows are timed in a CUDA graph: there the host takes
+    longer than the kernels.
     """
-    time, times = TIMERS["events"], {}
+    timer = TIMERS["events"]
     if call.value.device.type == "cpu":
-        time = TIMERS["wall"]
+        timer = _once
     elif plans.kind_of(call, "forward").few:
-        time = functools.partial(graph_ms, calls=20)
-    for direction, kind, name, plan, run in runs_of(call, grad_out):
-        if (direction, plan) not in times:  # configurations may become the same
-            try:
-                times[direction, plan] = time(run, repeat_ms)[0]
-            except plans.CANNOT_RUN:
-                times[direction, plan] = math.inf
-        yield direction, kind, name, times[direction, plan]
+        timer = functools.partial(graph_ms, calls=20)
+    for direction in plans.CONFIGS:
+        kind, named = named_plans(call, direction)
+        _assert_rectangles(call, kind, named)
+        times = {}
+
+        def run(kernel, call: Call, arguments: dict, plan: plans.Plan, named=named, times=times) -> None:
+            candidates = list(dict.fromkeys(named.values()))  # configurations may become the same
+            start = functools.partial(launch.repeated, kernel, call, arguments)
+            times |= tuning.measure(candidates, start, arguments, lambda function: timer(function, repeat_ms)[0])
+
+        launch_once(direction, call, grad_out, run)
+        for name, plan in named.items():
+            yield direction, kind.name, name, times[plan]
 
 
-def compile_only(kernel, call: Call, arguments: dict, plan: plans.Plan) -> None:
+def _once(function: Callable[[], object], repeat_ms: float) -> tuple[float]:
+    """The milliseconds of one interpreted run, which mean nothing."""
+    start = time.perf_counter()
+    function()
+    return ((time.perf_counter() - start) * 1e3,)
+
+
+def _assert_rectangles(call: Call, kind: plans.Kind, named: dict[str, plans.Plan]) -> None:
+    """That an encoder's queries are timed in rectangles of pixels too, and not twice in runs."""
+    pixels = call.weights.shape[1] == call.value.shape[1]
+    widths = {plan.BLOCK_W for plan in named.values()}
+    if pixels != kind.pixels or pixels != any(widths):
+        raise AssertionError(f"rectangles: expected for {pixels=}, got columns {sorted(widths)} and {kind}")
+
+
+def compile_only(plan: plans.Plan, kernel, call: Call, arguments: dict, _table: plans.Plan) -> None:
     """In the place of a launch: the kernel gets into Triton's cache on disk."""
     given = arguments | plan.constants
     kernel.warmup(*[given[name] for name in kernel.arg_names], grid=plan.grid(call), **plan.options)
@@ -85,8 +114,8 @@ def architecture() -> str:
     return plans.architecture(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU)
 
 
-def best_of(rows: list[dict]) -> dict[tuple[str, str], tuple[str, float]]:
-    """(direction, kind) to (configuration, its mean slowdown against the best of each case)."""
+def slowdowns_of(rows: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
+    """(direction, kind) to the mean slowdown of each configuration against the best of each case."""
     times = defaultdict(dict)
     for row in rows:
         case = tuple(row[key] for key in ("workload", "distribution", "dtype", "provider"))
@@ -95,58 +124,104 @@ def best_of(rows: list[dict]) -> dict[tuple[str, str], tuple[str, float]]:
     for (direction, kind, _), by_config in times.items():
         least = min(by_config.values())
         for config, ms in by_config.items():
-            slowdowns[direction, kind][config].append(ms / least)
-    means = {key: {c: statistics.fmean(s) for c, s in by.items()} for key, by in slowdowns.items()}
-    return {key: min(by.items(), key=lambda item: item[1]) for key, by in means.items()}
+            if least < math.inf:
+                slowdowns[direction, kind][config].append(ms / least)
+    return {key: {c: statistics.fmean(s) for c, s in by.items()} for key, by in slowdowns.items()}
+
+
+def winners(rows: list[dict]) -> Iterator[tuple[str, str, str, str, float]]:
+    """(direction, kind, the table's configuration, the best one, how many times faster) of what was timed."""
+    for (direction, kind), means in slowdowns_of(rows).items():
+        shipped = plans.shipped(direction, kind, architecture())
+        best = min(means, key=means.get)
+        yield direction, kind, shipped, best, means[shipped] / means[best]
+
+
+def table_lines(rows: list[dict]) -> list[str]:
+    """Python for `TABLE`: what gains enough on this architecture."""
+    return [
+        f'TABLE["{direction}", "{kind}"]["{architecture()}"] = "{best}"  # {gain:.3f} times "{shipped}"'
+        for direction, kind, shipped, best, gain in winners(rows)
+        if gain >= GAIN
+    ]
+
+
+def compile_part(part: int, parts: int, cases: list[tuple[str, str]], device: str) -> None:
+    """Every parts-th kernel from the part-th on gets into Triton's cache."""
+    number = 0
+    for workload, dtype in cases:
+        x = make_inputs(WORKLOADS[workload], "local", DTYPES[dtype], device)
+        for call in calls_of(x).values():
+            for direction in plans.CONFIGS:
+                for plan in dict.fromkeys(named_plans(call, direction)[1].values()):
+                    if number % parts == part:
+                        run = functools.partial(compile_only, plan)
+                        with contextlib.suppress(*tuning.CANNOT_RUN):
+                            launch_once(direction, call, gate.gradient(x), run)
+                    number += 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--python", type=Path, metavar="FILE", help="where to write lines for TABLE (default: nowhere)")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: all of the benchmark")
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: %(default)s"
     )
+    parser.add_argument(
+        "--distribution", nargs="+", choices=DISTRIBUTIONS, default=["local", "uniform"], help="default: both"
+    )
     parser.add_argument("--repeat", type=float, default=20, help="ms per timing (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, help="s after which no new case starts (default: none)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--compile", metavar="I/N", help="only compile every N-th kernel from the I-th on")
+    parser.add_argument("--compile", type=_part, metavar="I/N", help="only compile every N-th kernel from the I-th on")
     args = parser.parse_args()
     if not (torch.cuda.is_available() or args.dry_run):
         parser.error("expected a GPU, torch finds none")
     if args.dry_run and not plans.INTERPRETED:
         parser.error("--dry-run: expected TRITON_INTERPRET=1 in the environment, which runs kernels on the CPU")
+    if args.dry_run:
+        patch_the_language_once_a_launch()
     device = "cpu" if args.dry_run else "cuda"
     workloads = args.workload or (DRY_WORKLOADS if args.dry_run else GPU_WORKLOADS)
-    place = environment(device) | {"architecture": architecture()}
-    cases = [(w, t, d) for w in workloads for t in args.dtype for d in DISTRIBUTIONS]
     if args.compile:
-        part, parts = map(int, args.compile.split("/"))
-        number = 0
-        for workload, dtype in dict.fromkeys((w, t) for w, t, _ in cases):
-            x = make_inputs(WORKLOADS[workload], "local", DTYPES[dtype], device)
-            for call in calls_of(x).values():
-                for *_, run in runs_of(call, gate.gradient(x)):
-                    if number % parts == part:
-                        with contextlib.suppress(*plans.CANNOT_RUN):
-                            run(run=compile_only)
-                    number += 1
+        compile_part(*args.compile, [(w, t) for w in workloads for t in args.dtype], device)
         return
-    rows, path = [], args.out / f"tune_{architecture()}.csv"
+    args.out.mkdir(parents=True, exist_ok=True)
+    place = environment(device) | {"architecture": architecture()}
+    rows, path, end = [], args.out / f"tune_{architecture()}.csv", time.monotonic() + args.limit
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *place], lineterminator="\n")
         writer.writeheader()
-        for workload, dtype, distribution in cases:
+        for case in [(w, d, t) for d in args.distribution for w in workloads for t in args.dtype]:
+            if time.monotonic() > end:
+                print(f"--limit of {args.limit:g} s reached: {' '.join(case)} and what follows are left out")
+                break
+            workload, distribution, dtype = case
             x = make_inputs(WORKLOADS[workload], distribution, DTYPES[dtype], device)
             for provider, call in calls_of(x).items():
-                case = workload, distribution, dtype, provider
                 for found in time_call(call, gate.gradient(x), args.repeat):
-                    rows.append(dict(zip(COLUMNS, (*case, *found), strict=True)))
+                    rows.append(dict(zip(COLUMNS, (*case, provider, *found), strict=True)))
                     writer.writerow(rows[-1] | place)
                     file.flush()
-                    print(*case, *found[:3], f"{found[3]:.4f} ms", flush=True)
-    print(f"wrote {path}; for TABLE, with the mean slowdown against the best of each case:")
-    for (direction, kind), (config, slowdown) in best_of(rows).items():
-        print(f'TABLE["{direction}", "{kind}"]["{architecture()}"] = "{config}"  # {slowdown:.3f}')
+                    print(*case, provider, *found[:3], f"{found[3]:.4f} ms", flush=True)
+    print(f"wrote {path}; mean over the cases of a kind:")
+    print(f"{'direction':10}{'kind':6} {'TABLE has':28}{'the fastest':28}  gain")
+    for direction, kind, shipped, best, gain in winners(rows):
+        print(f"{direction:10}{kind:6} {shipped:28}{best:28}{gain:5.3f}x")
+    if args.python:
+        args.python.write_text("".join(f"{line}\n" for line in table_lines(rows)))
+        print(f"wrote {args.python}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    if not 0 <= part < parts:
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")
+    return part, parts
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from msda_triton.functional import MSDeformAttnFunction, ms_deform_attn, ms_defo
 from msda_triton.module import MSDeformAttn
 from msda_triton.op import set_autotune
 from msda_triton.shims.patching import patch, unpatch
+from msda_triton.version import __version__ as __version__
 
 __all__ = [
     "MSDeformAttn",
@@ -14,4 +15,3 @@ __all__ = [
     "set_autotune",
     "unpatch",
 ]
-__version__ = "0.1.0"

@@ -344,10 +344,13 @@ _fallback_backward_op = torch.ops.msda_triton.fallback_backward.default
 
 
 def set_autotune(enabled: bool) -> None:
-    """Whether several kernel configurations are timed, once for each kind of call and power of two of its queries.
+    """Whether the fastest of several kernel configurations is found by timing them. Off by default: a table decides.
 
-    Each time takes seconds. Off by default: a table decides. Under `torch.use_deterministic_algorithms(True)` it always
-    does.
+    On, the first call of each class (forward or backward, dtypes, heads, channels, levels, points; no image size) takes
+    seconds. What was found is kept in the user's cache folder for other processes, for this GPU and these versions of
+    torch, triton and this package: run a model once under it to tune ahead. A configuration whose results are not the
+    table's is never taken. In a CUDA graph's capture and while PyTorch compiles nothing is timed: what is known runs,
+    or the table's. Under `torch.use_deterministic_algorithms(True)` the table decides.
 
     Raises:
         TypeError: no bool. RuntimeError: Triton is not installed.
@@ -355,7 +358,7 @@ def set_autotune(enabled: bool) -> None:
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled: expected True or False, got {enabled!r}")
     try:
-        from msda_triton.kernels import plan
+        from msda_triton.kernels import tuning
     except ModuleNotFoundError as error:
         raise RuntimeError("set_autotune: needs the package triton, which is not installed") from error
-    plan.timing = plan.do_bench if enabled else None
+    tuning.timing = tuning.do_bench if enabled else None

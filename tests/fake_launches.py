@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import fake_gpu
 from msda_triton.checks import fused_call, plain_call
-from msda_triton.kernels import launch
+from msda_triton.kernels import launch, tuning
 from msda_triton.kernels import plan as plans
 
 HALF = (torch.float16, torch.bfloat16)
@@ -214,7 +214,7 @@ def main() -> None:
         case = changed(rng, case) if rng.random() < 0.7 else random_case(rng)
         call, grad_out = call_of(case, rng)
         fake.device = case.device
-        plans.timing = timing if case.autotune else None
+        tuning.timing = timing if case.autotune else None
         launches_of(fake, case, call, grad_out, launch.run)  # times plans first, if it has to
         want = launches_of(fake, case, call, grad_out, launch.run)
         kept = len(launch._launches)

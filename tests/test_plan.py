@@ -1,25 +1,18 @@
 """How work is divided: what a configuration becomes for a call, which one runs, and how they are timed."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from msda_triton.call import Call
 from msda_triton.kernels import launch
 from msda_triton.kernels.plan import (
     CONFIGS,
     TABLE,
-    TIMED,
     Kind,
     Plan,
     choose,
-    fastest,
     kind_of,
     named_plan,
     plan_of,
@@ -196,22 +189,6 @@ def test_configurations_are_powers_of_two(name):
         assert all(n & (n - 1) == 0 for n in numbers)
 
 
-def test_the_fastest_plan():
-    plans = timed_plans(ENCODER, "sm_90")
-    assert len(plans) == len(TIMED["forward"]) == len(set(plans))
-    ms = {plan: 10 + i for i, plan in enumerate(plans)} | {plans[2]: None, plans[3]: 2}
-    ran = []
-
-    def ms_of(function):
-        function()
-        if ms[ran[-1]] is None:
-            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
-        return ms[ran[-1]]
-
-    assert fastest(plans, ran.append, ms_of) == plans[3]
-    assert ran == plans
-
-
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("kind", [{}, {"few": True}, {"fused": True}, {"P": 0}, {"D": 64}])
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_86", "sm_90", "gfx942", "gfx1100", "xpu"])
@@ -223,66 +200,6 @@ def test_what_is_timed_holds_the_tables_plan(architecture, kind, direction):
     assert len(plans) == len(set(plans)) >= 4
     if not architecture.startswith("sm_"):
         assert not any("maxnreg" in plan.options for plan in plans)
-
-
-CODE = """
-import sys
-import torch
-sys.path[:0] = ["tests"]
-from test_plan import call_of, small_call
-from msda_triton.kernels import launch, plan
-
-times, seen = iter(range(1000, 0, -1)), []  # the last one takes the least
-plan.timing = lambda function: (function(), next(times))[1]
-
-
-def run(kernel, call, arguments, plan):
-    seen.append((plan, arguments))
-
-
-def plans_of(call):
-    seen.clear()
-    launch.forward(call, run=run)
-    return [plan for plan, _ in seen]
-
-
-kind = plan.kind_of(call_of(), "forward")
-timed = plan.timed_plans(kind, "meta")
-assert plans_of(call_of()) == [*timed, timed[-1]]
-assert plans_of(call_of(B=1)) == [timed[-1]]  # what the key holds is the same
-runs = plan.timed_plans(kind._replace(pixels=False), "meta")
-assert len(runs) == len(timed) - 1  # two configurations become one plan
-assert plans_of(call_of(Q=22222)) == [*runs, runs[-1]]  # another kind
-assert plans_of(call_of(Q=16385)) == [runs[-1]]  # the same power of two
-assert plans_of(call_of(Q=16384)) == [*runs, runs[-1]]
-torch.use_deterministic_algorithms(True)
-assert plans_of(call_of()) == [plan.plan_of(plan.CONFIGS["forward"]["lanes of 16"], kind)]
-torch.use_deterministic_algorithms(False)
-
-sums = []  # of grad_value, to which every run adds
-def add(kernel, call, arguments, plan):
-    sums.append(arguments["grad_value_ptr"].sum().item())
-    arguments["grad_value_ptr"].add_(1.0)
-
-
-grads = launch.backward(torch.ones(1, 3, 8), small_call(), [True, False, False, False], run=add)
-assert len(sums) == 1 + len(plan.timed_plans(plan.kind_of(small_call(), "backward"), "cpu")) and sums[1] == 32, sums
-assert sums[-1] == 0 and grads[0].sum() == 32, sums
-print("fine")
-"""
-
-
-def small_call() -> Call:
-    value, locations = torch.ones(1, 4, 1, 8), torch.rand(1, 3, 1, 2, 2)
-    return Call(value, torch.tensor([(2, 2)]), None, locations, torch.rand(1, 3, 1, 2), [2])
-
-
-def test_autotuning_times_the_plans_of_each_kind_once():
-    """In a process whose kernels are not interpreted: there a table decides. Nothing is launched."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", CODE]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.stdout.strip() == "fine", done.stderr
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])

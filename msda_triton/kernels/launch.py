@@ -1,6 +1,7 @@
 """A call in, a result out: what the kernels are handed, where they write, and how they are run."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 
@@ -13,10 +14,11 @@ from triton.runtime import driver
 from msda_triton.call import Call
 from msda_triton.constants import real_constant
 from msda_triton.kernels import plan as plans
+from msda_triton.kernels import tuning
 from msda_triton.kernels.backward import _msda_bwd_kernel
 from msda_triton.kernels.bound import _msda_bound_kernel
 from msda_triton.kernels.forward import _msda_fwd_kernel
-from msda_triton.kernels.plan import Kind, Plan
+from msda_triton.kernels.plan import Plan
 
 MAX_IMAGES = 65535  # programs along the last axis of a grid
 MAX_LAUNCHES = 4096  # that are kept
@@ -33,6 +35,17 @@ def run(kernel, call: Call, arguments: dict, plan: Plan):
     given = arguments | plan.constants
     with _on_device(call.value):
         return kernel[plan.grid(call)](*[given[name] for name in kernel.arg_names], **plan.options)
+
+
+def repeated(kernel, call: Call, arguments: dict, plan: Plan, run: Run = run) -> Callable[[], object]:
+    """Launch a kernel, and return what launches the same again: on value's device, for little of the host's time."""
+    compiled = run(kernel, call, arguments, plan)
+    if compiled is None:  # interpreted
+        return lambda: run(kernel, call, arguments, plan)
+    given = arguments | plan.constants
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in (given[name] for name in kernel.arg_names)]
+    launch = compiled[plan.grid(call)]
+    return lambda: launch(*values)
 
 
 def forward(call: Call, plan: Plan | None = None, *, run: Run | None = None, images: int = MAX_IMAGES) -> Tensor:
@@ -179,19 +192,17 @@ def _key(kernel, call: Call, tensors: tuple, pointers: list[int | None], plan: P
         tuple(call.num_points), call.spatial_shapes is None and tuple(call.level_sizes),
         None if points is None else points.shape, tuple([None if x is None else x.dtype for x in tensors]),
         unaligned & 15 and tuple([pointer and pointer & 15 for pointer in pointers]),
-        plans.timing and (plans.timing, torch.are_deterministic_algorithms_enabled()),
+        tuning.table_decides(),
     )  # fmt: skip
 
 
 def _run(run: Run, kernel, call: Call, tensors: tuple[Tensor | None, ...], plan: Plan | None) -> tuple | None:
     """Launch a kernel by way of Triton: what `_launches` keeps, None if there is nothing to keep."""
-    arguments = _arguments(kernel, call, tensors)
+    arguments, keep = _arguments(kernel, call, tensors), True
     if plan is None:
-        direction = "forward" if kernel is _msda_fwd_kernel else "backward"
-        kind = plans.kind_of(call, direction, arguments.get("scale_ptr") is not None, arguments["ACC"] == tl.float64)
-        plan = _choose(kind, arguments, lambda plan: run(kernel, call, arguments, plan))
+        plan, keep = _choose(run, kernel, call, arguments)
     compiled = run(kernel, call, arguments, plan)
-    if compiled is None:
+    if compiled is None or not keep:
         return None
     given = arguments | plan.constants
     return compiled[plan.grid(call)], [given[name] for name in kernel.arg_names[len(tensors) :]]
@@ -254,23 +265,25 @@ def _fixed_point_scale(call: Call, inputs: tuple, dtype: torch.dtype, run: Run |
     return torch.where(known, torch.exp2(exponent.clamp(-finest, finest)), torch.nan).to(dtype)
 
 
-_fastest: dict[tuple, Plan] = {}
-
-
-def _choose(kind: Kind, arguments: dict, launch: Callable[[Plan], None]) -> Plan:
-    """The table's plan; the fastest of `timed_plans` if `set_autotune` is on."""
-    architecture = plans.architecture(arguments["value_ptr"].device)
-    # another plan adds channels in another order: the last bit of a gradient would depend on the timing
-    if plans.timing is None or plans.INTERPRETED or torch.are_deterministic_algorithms_enabled():
-        return plans.default_plan(kind, architecture)
-    # every key is timed: of the image's size no more than a power of two
-    sizes = triton.next_power_of_2(arguments["Q"]), *(arguments[name] for name in ("M", "L", "K", "REF_DIM"))
-    key = kind, architecture, sizes, tuple(getattr(x, "dtype", None) for x in arguments.values())
-    if key not in _fastest:
-        _fastest[key] = plans.fastest(plans.timed_plans(kind, architecture), launch, plans.timing)
-        if arguments.get("grad_value_ptr") is not None:
-            arguments["grad_value_ptr"].zero_()  # every repetition added to it
-    return _fastest[key]
+def _choose(run: Run, kernel, call: Call, arguments: dict) -> tuple[Plan, bool]:
+    """The table's plan, or the fastest if `set_autotune` is on; and whether an equal call has the same."""
+    direction = "forward" if kernel is _msda_fwd_kernel else "backward"
+    deterministic = arguments.get("scale_ptr") is not None
+    kind = plans.kind_of(call, direction, deterministic, arguments["ACC"] == tl.float64)
+    device = call.value.device
+    architecture = plans.architecture(device)
+    if tuning.table_decides() or deterministic:
+        return plans.default_plan(kind, architecture), True
+    candidates = plans.timed_plans(kind, architecture)
+    key = tuning.key_of(kernel, kind, arguments)
+    plan = tuning.known(key, candidates)
+    if plan is None:
+        with _on_device(call.value):  # else another GPU's clock would be read
+            if not tuning.may_time(device):
+                return candidates[0], False
+            start = functools.partial(repeated, kernel, call, arguments, run=run)
+            plan = tuning.fastest(key, candidates, start, arguments)
+    return plan, True
 
 
 def _batches(images: int, call: Call, *tensors: Tensor):

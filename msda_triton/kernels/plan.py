@@ -1,10 +1,9 @@
 """How a kernel divides its work: the table of configurations, and what one becomes for a kind of call."""
 
 import functools
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -266,7 +265,12 @@ TIMED = {
 @functools.lru_cache(maxsize=4096)
 def choose(kind: Kind, architecture: str) -> str:
     """The name of the configuration that TABLE has for a kind of call on an architecture."""
-    row = TABLE[kind.direction, kind.name]
+    return shipped(kind.direction, kind.name, architecture)
+
+
+def shipped(direction: str, name: str, architecture: str) -> str:
+    """`choose` by the direction and name of a kind."""
+    row = TABLE[direction, name]
     vendor = re.match("[a-z]*", architecture)[0]
     return row.get(architecture) or row.get(vendor) or row[""]
 
@@ -301,22 +305,3 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-# `set_autotune`: milliseconds that a function of no arguments takes; None takes the table's plans
-timing: Callable[[Callable[[], object]], float] | None = None
-# what a plan meets that this GPU, or its compiler, cannot run
-CANNOT_RUN = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
-do_bench = functools.partial(triton.testing.do_bench, return_mode="median")
-
-
-def fastest(plans: Sequence[Plan], run: Callable[[Plan], object], ms_of: Callable) -> Plan:
-    """The plan whose run takes the least time; one that needs more than the GPU has takes for ever."""
-
-    def ms(plan: Plan) -> float:
-        try:
-            return ms_of(lambda: run(plan))
-        except CANNOT_RUN:
-            return math.inf
-
-    return min(plans, key=ms)

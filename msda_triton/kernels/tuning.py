@@ -1,0 +1,169 @@
+"""`set_autotune`: the fastest of several plans for a class of calls, timed once, kept in the user's cache.
+
+Not `triton.autotune`: its keys are a kernel's arguments, and a class of calls is what `plan.Kind` says. What it keeps
+on disk does not name the GPU.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+import triton
+from torch import Tensor
+
+from msda_triton import user_cache
+from msda_triton.kernels import plan as plans
+from msda_triton.kernels.plan import Kind, Plan
+from msda_triton.version import __version__
+
+do_bench = functools.partial(triton.testing.do_bench, warmup=10, rep=50, return_mode="median")
+# milliseconds that a function of no arguments takes; None: nothing is timed, and a table decides
+timing: Callable[[Callable[[], object]], float] | None = None
+# what a plan meets that this GPU, or its compiler, cannot run
+CANNOT_RUN = (
+    triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.CompilationError,
+)  # fmt: skip
+
+SUMS = "grad_value_ptr"  # what a kernel adds to
+WRITTEN = ("out_ptr", "grad_loc_ptr", "grad_attn_ptr", "grad_ref_ptr")  # what it overwrites
+# of the arguments, what a class of calls is made of besides its `Kind`
+_CONSTANTS = ("M", "L", "K", "REF_DIM", "REF_L", "STRIDE_VS")
+
+Start = Callable[[Plan], Callable[[], object]]  # launches with a plan; what launches the same again
+_fastest: dict[str, Plan] = {}
+
+
+def table_decides() -> bool:
+    """Whether no plan runs because it was the fastest."""
+    # another plan adds channels in another order: the last bit of a gradient would depend on the timing
+    return timing is None or plans.INTERPRETED or torch.are_deterministic_algorithms_enabled()
+
+
+def may_time(device: torch.device) -> bool:
+    """Whether nobody records or compiles what is launched: that would be every repetition."""
+    return not torch.compiler.is_compiling() and not (
+        device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def known(key: dict, candidates: Sequence[Plan]) -> Plan | None:
+    """The fastest of the candidates for a class of calls, if this process or an earlier one has timed them."""
+    text = _text(key)
+    if text not in _fastest:
+        plan = _read(key)
+        if plan in candidates:  # those of another version of the package are not what they were
+            _fastest[text] = plan
+    return _fastest.get(text)
+
+
+def fastest(key: dict, candidates: Sequence[Plan], start: Start, arguments: dict) -> Plan:
+    """The fastest of the candidates, kept for the next call of the class. The first one is what runs untimed.
+
+    Args:
+        key: `key_of` the call. start, arguments: as in `measure`.
+    """
+    try:
+        ms = measure(candidates, start, arguments, timing)
+    except torch.OutOfMemoryError:
+        warnings.warn("set_autotune: out of memory while plans were timed; the table's plan runs", stacklevel=2)
+        plan = candidates[0]
+    else:
+        plan = min(candidates, key=ms.get)  # the first one if none can run, whose error the caller then sees
+        if ms[plan] < math.inf:
+            content = {"key": key, "plan": asdict(plan), "ms": [ms[p] for p in candidates if ms[p] < math.inf]}
+            user_cache.write(_file(key), json.dumps(content, indent=1).encode())
+    if arguments.get(SUMS) is not None:
+        arguments[SUMS].zero_()
+    _fastest[_text(key)] = plan
+    return plan
+
+
+def measure(candidates: Sequence[Plan], start: Start, arguments: dict, ms_of: Callable) -> dict[Plan, float]:
+    """Milliseconds of each plan; infinite if the GPU cannot run it, or if its results are not the first one's.
+
+    Args:
+        start: launches with a plan, and returns what launches the same again. arguments: of the kernel, by name. Its
+            results are lost. ms_of: milliseconds that a function of no arguments takes.
+    """
+    sums = arguments.get(SUMS)
+    results = {name: arguments[name] for name in (*WRITTEN, SUMS) if arguments.get(name) is not None}
+    ms, wanted = {}, None
+    for plan in candidates:
+        ms[plan] = math.inf
+        for name, result in results.items():
+            result.zero_() if name == SUMS else result.fill_(math.nan)  # not written is wrong
+        try:
+            again = start(plan)
+        except CANNOT_RUN:
+            continue
+        if wanted is None:
+            wanted = {name: result.clone() for name, result in results.items()}
+        wrong = [name.removesuffix("_ptr") for name in results if not agree(results[name], wanted[name])]
+        if wrong:
+            warnings.warn(f"set_autotune: {plan} gives another {', '.join(wrong)}: not taken", stacklevel=2)
+            continue
+
+        def call(again: Callable = again) -> None:
+            if sums is not None:
+                sums.zero_()  # within the time, as in every backward: it leaves zeros in the cache
+            again()
+
+        ms[plan] = ms_of(call)
+    return ms
+
+
+def agree(got: Tensor, want: Tensor) -> bool:
+    """Whether two plans' results are the same but for the order of their sums, which are float32 at least."""
+    if not got.numel():
+        return True
+    acc = torch.promote_types(got.dtype, torch.float32)
+    largest = torch.where(want.isfinite(), want, 0).abs().max().item()
+    # a result may be off by a rounding of its dtype, and by what cancels out in a sum of some hundred terms
+    limits = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1024 * torch.finfo(acc).eps * largest}
+    return torch.allclose(got.to(acc), want.to(acc), equal_nan=True, **limits)
+
+
+def key_of(kernel, kind: Kind, arguments: dict) -> dict:
+    """What a plan that was timed is good for: a class of calls, a GPU, and the software that compiles for it."""
+    return {
+        **kind._asdict(),
+        **{name: arguments[name] for name in _CONSTANTS},
+        "dtypes": {name: str(x.dtype) for name, x in arguments.items() if isinstance(x, Tensor)},
+        "device": _device_name(arguments["loc_ptr"].device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "msda_triton": __version__,
+        "source": getattr(kernel, "cache_key", ""),  # of the kernel: a change to it is no new version yet
+    }
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+
+
+def _text(key: dict) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _file(key: dict) -> str:
+    """One file for a class of calls: two processes never write into one another's."""
+    return f"plan-{hashlib.sha256(_text(key).encode()).hexdigest()[:32]}.json"
+
+
+def _read(key: dict) -> Plan | None:
+    content = user_cache.read(_file(key))
+    if content is None:
+        return None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = json.loads(content)
+        if found["key"] == key:
+            return Plan(**found["plan"])
+    warnings.warn(f"set_autotune: {user_cache.folder() / _file(key)} is damaged, and ignored", stacklevel=2)
+    return None

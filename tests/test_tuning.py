@@ -1,0 +1,518 @@
+"""`set_autotune`: which plan wins, what a wrong one does, and what is kept for the next process.
+
+A stand-in for the kernels writes and adds what the oracle says, and one for `do_bench` says how long a plan takes. Only
+`test_through_autograd` interprets kernels.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from attention import oracle, oracle_gradients
+
+from msda_triton import ms_deform_attn, set_autotune, user_cache
+from msda_triton.checks import fused_call, plain_call
+from msda_triton.kernels import launch, tuning
+from msda_triton.kernels import plan as plans
+
+ROOT = Path(__file__).parent.parent
+LEVELS = [(3, 4), (2, 2)]
+ALL = [True, True, True, False]
+NAMES = {"forward": ("out_ptr",), "backward": ("grad_value_ptr", "grad_loc_ptr", "grad_attn_ptr")}
+
+
+class Clock:
+    """The runs of plans, and the milliseconds that each is said to take."""
+
+    def __init__(self):
+        self.ms, self.timed, self.runs = {}, [], []
+        self.spoil = None  # (plan, what it does to the arguments after its run)
+        self.results = {}  # by argument
+
+    def run(self, kernel, call, arguments, plan):
+        sums = arguments.get("grad_value_ptr")
+        self.runs.append((plan, None if sums is None else bool((sums == 0).all())))
+        for name, result in self.results.items():
+            arguments[name].add_(result) if name == tuning.SUMS else arguments[name].copy_(result)
+        if self.spoil is not None and self.spoil[0] == plan:
+            self.spoil[1](arguments)
+
+    def time(self, call):
+        for _ in range(3):
+            call()
+        plan = self.runs[-1][0]
+        self.timed.append(plan)
+        return self.ms.get(plan, 5.0)
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Autotuning on, with a cache of its own; calls count as large ones."""
+    clock = Clock()
+    monkeypatch.setattr(plans, "INTERPRETED", False)
+    monkeypatch.setattr(plans, "_FEW_ROWS", 0)
+    monkeypatch.setattr(user_cache, "folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(tuning, "timing", clock.time)
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(launch, "_launches", {})
+    plans.choose.cache_clear()
+    return clock
+
+
+def tensors(B=1, M=2, Q=16, D=32, P=2, dtype=torch.float32):
+    """value, locations, weights, grad_out."""
+    rng = torch.Generator().manual_seed(0)
+    L, S = len(LEVELS), sum(h * w for h, w in LEVELS)
+    value = torch.randn(B, S, M, D, generator=rng).to(dtype)
+    locations = torch.rand(B, Q, M, L, P, 2, generator=rng) * 1.2 - 0.1
+    weights = torch.rand(B, Q, M, L, P, generator=rng).to(dtype)
+    return value, locations, weights, torch.randn(B, Q, M * D, generator=rng).to(dtype)
+
+
+def call_of(**sizes):
+    value, locations, weights, grad_out = tensors(**sizes)
+    return plain_call(value, LEVELS, locations, weights), grad_out
+
+
+def go(direction, clock, **sizes):
+    """A call of one direction: its results."""
+    call, grad_out = call_of(**sizes)
+    clock.results = dict(zip(NAMES[direction], wanted(direction, **sizes), strict=True))
+    if direction == "forward":
+        return (launch.forward(call, run=clock.run),)
+    return launch.backward(grad_out, call, ALL, run=clock.run)[:3]
+
+
+def candidates(direction, **sizes):
+    call, _ = call_of(**sizes)
+    return plans.timed_plans(plans.kind_of(call, direction), "cpu")
+
+
+def wanted(direction, **sizes):
+    value, locations, weights, grad_out = tensors(**sizes)
+    inputs = [x.requires_grad_() for x in (value, locations, weights)]
+    out, *grads = oracle_gradients(lambda v, x, a: oracle(v, LEVELS, x, a), inputs, grad_out)
+    return (out,) if direction == "forward" else grads
+
+
+def assert_right(direction, got, dtype=torch.float32, **sizes):
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for x, y in zip(got, wanted(direction, dtype=dtype, **sizes), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance * y.abs().max().item())
+
+
+BOTH = pytest.mark.parametrize("direction", ["forward", "backward"])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fastest_right_plan_wins(direction, dtype, clock):
+    first, *others = candidates(direction, dtype=dtype)
+    clock.ms = {others[-1]: 2.0}
+    assert_right(direction, go(direction, clock, dtype=dtype), dtype)
+    assert clock.timed == [first, *others]
+    assert clock.runs[-1][0] == others[-1]
+    clock.runs.clear()
+    assert_right(direction, go(direction, clock, dtype=dtype), dtype)
+    assert [plan for plan, _ in clock.runs] == [others[-1]] and len(clock.timed) == 1 + len(others)
+
+
+@BOTH
+def test_equal_times_leave_the_tables_plan(direction, clock):
+    go(direction, clock)
+    assert clock.runs[-1][0] == candidates(direction)[0]
+
+
+def test_sums_are_zero_before_each_repetition_and_right_afterwards(clock):
+    got = go("backward", clock)
+    # a run to compare and three that are timed, of each plan, and the one whose result counts
+    assert [zero for _, zero in clock.runs] == [True] * (4 * len(candidates("backward")) + 1)
+    assert_right("backward", got)
+
+
+def _off(name, by):
+    def spoil(arguments):
+        arguments[name].view(-1)[7] += by * arguments[name].abs().max()
+
+    return spoil
+
+
+def _unwritten(name):
+    def spoil(arguments):
+        arguments[name].view(-1)[7] = math.nan
+
+    return spoil
+
+
+def _twice(arguments):
+    arguments["grad_value_ptr"].mul_(2)
+
+
+WRONG = {
+    "one number of the result": ("forward", "out", _off("out_ptr", 0.01)),
+    "a result that is not written": ("forward", "out", _unwritten("out_ptr")),
+    "one number of value's gradient": ("backward", "grad_value", _off("grad_value_ptr", 1e-3)),
+    "value's gradient twice": ("backward", "grad_value", _twice),
+    "a location's gradient": ("backward", "grad_loc", _off("grad_loc_ptr", 1e-3)),
+    "a weight's gradient that is not written": ("backward", "grad_attn", _unwritten("grad_attn_ptr")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_plan_never_wins(case, clock):
+    direction, name, spoil = WRONG[case]
+    _, wrong, *others = candidates(direction)
+    clock.spoil, clock.ms = (wrong, spoil), {wrong: 0.1, others[0]: 3.0}
+    with pytest.warns(UserWarning, match=rf"set_autotune: Plan\(BLOCK_Q=.*\) gives another {name}: not taken"):
+        got = go(direction, clock)
+    assert wrong not in clock.timed and clock.runs[-1][0] == others[0]
+    assert_right(direction, got)
+    (file,) = user_cache.folder().iterdir()
+    assert len(json.loads(file.read_text())["ms"]) == 1 + len(others)
+
+
+def test_fused_calls_compare_the_gradient_of_reference_points(clock):
+    value, _, weights, grad_out = tensors()
+    offsets, points = torch.randn(*weights.shape, 2), torch.rand(1, 16, 1, 2)
+    call = fused_call(value, LEVELS, points, offsets, weights)
+    _, wrong, *_ = plans.timed_plans(plans.kind_of(call, "backward"), "cpu")
+    clock.results = {name: torch.ones(()) for name in (*NAMES["backward"], "grad_ref_ptr")}
+    clock.spoil, clock.ms = (wrong, _off("grad_ref_ptr", 1e-3)), {wrong: 0.1}
+    with pytest.warns(UserWarning, match="gives another grad_ref: not taken"):
+        launch.backward(grad_out, call, [True] * 4, run=clock.run)
+    assert clock.runs[-1][0] != wrong
+
+
+@BOTH
+def test_a_plan_that_cannot_run_never_wins(direction, clock, monkeypatch):
+    first, second, third, *_ = candidates(direction)
+    clock.ms = {third: 4.0}
+    clock.results = dict(zip(NAMES[direction], wanted(direction), strict=True))
+
+    def run(kernel, call, arguments, plan):
+        if plan in (first, second):
+            raise tuning.CANNOT_RUN[0](2, 1, "shared memory")
+        clock.run(kernel, call, arguments, plan)
+
+    call, grad_out = call_of()
+    if direction == "forward":
+        launch.forward(call, run=run)
+    else:
+        launch.backward(grad_out, call, ALL, run=run)
+    assert clock.runs[-1][0] == third and clock.timed[0] == third
+
+
+def test_where_no_plan_can_run_the_error_is_the_callers(clock):
+    def run(kernel, call, arguments, plan):
+        raise tuning.CANNOT_RUN[0](2, 1, "shared memory")
+
+    with pytest.raises(tuning.CANNOT_RUN[0], match="shared memory"):
+        launch.forward(call_of()[0], run=run)
+    assert not user_cache.folder().exists()
+
+
+def test_out_of_memory_while_timing(clock, monkeypatch):
+    def time(call):
+        raise torch.OutOfMemoryError("no 256 MB to clear a cache with")
+
+    monkeypatch.setattr(tuning, "timing", time)
+    with pytest.warns(UserWarning, match="set_autotune: out of memory while plans were timed; the table's plan runs"):
+        got = go("backward", clock)
+    assert clock.runs[-1][0] == candidates("backward")[0] and not user_cache.folder().exists()
+    assert_right("backward", got)
+
+
+def test_through_autograd(clock, monkeypatch):
+    """The public function, whose launches nobody sees."""
+    sizes = {"M": 1, "P": 1, "Q": 5}
+    value, locations, weights, grad_out = tensors(**sizes)
+    monkeypatch.setattr(tuning, "timing", lambda call: [call() for _ in range(2)] and 1.0)
+    monkeypatch.setattr(plans, "TIMED", {"forward": ("not rotated",), "backward": ("many",)})
+    inputs = [x.requires_grad_() for x in (value, locations, weights)]
+    out = ms_deform_attn(value, LEVELS, locations, weights, backend="triton")
+    assert_right("forward", (out,), **sizes)
+    assert_right("backward", torch.autograd.grad(out, inputs, grad_out), **sizes)
+    assert len(tuning._fastest) == 2 == len(list(user_cache.folder().iterdir()))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch, tmp_path, device):
+    """Real times: in eager calls, around captures of CUDA graphs, and by way of a compiled graph."""
+    monkeypatch.setattr(user_cache, "folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(launch, "_launches", {})
+    timed = []
+
+    def timing(call):
+        timed.append(triton.testing.do_bench(call, warmup=1, rep=2, return_mode="median"))
+        return timed[-1]
+
+    def function(*inputs):
+        return ms_deform_attn(inputs[0], LEVELS, *inputs[1:], backend="triton")
+
+    *inputs, grad_out = (x.to(device).requires_grad_() for x in tensors())
+    fixed = [x.detach() for x in inputs]
+    exact = oracle_gradients(lambda v, x, a: oracle(v, LEVELS, x, a), inputs, grad_out.detach())
+
+    def check(got):
+        for x, y in zip(got, exact, strict=False):
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
+
+    function(*fixed)  # compiles the table's plan
+    monkeypatch.setattr(tuning, "timing", timing)
+
+    def captured():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = function(*fixed)
+        graph.replay()
+        check([out])
+
+    captured()
+    assert timed == [] and not user_cache.folder().exists()
+    out = function(*inputs)
+    check([out.detach(), *torch.autograd.grad(out, inputs, grad_out.detach())])
+    number = len(timed)
+    assert number >= 8 and all(ms > 0 for ms in timed) and len(list(user_cache.folder().iterdir())) == 2
+    captured()
+    assert len(timed) == number
+    tuning._fastest.clear()
+    for file in user_cache.folder().iterdir():
+        file.unlink()
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        check([compiled(*fixed)])
+    assert len(timed) > number
+
+
+# what is kept
+
+
+def another_process(clock):
+    """What this one has in its memory is gone."""
+    tuning._fastest.clear()
+    clock.runs.clear()
+    clock.timed.clear()
+
+
+@BOTH
+def test_another_process_finds_the_winner(direction, clock):
+    winner = candidates(direction)[2]
+    clock.ms = {winner: 1.0}
+    go(direction, clock)
+    (file,) = user_cache.folder().iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600 and user_cache.folder().stat().st_mode & 0o777 == 0o700
+    another_process(clock)
+    assert_right(direction, go(direction, clock))
+    assert clock.timed == [] and [plan for plan, _ in clock.runs] == [winner]
+
+
+KEY = {
+    "the dtype": lambda m: {"dtype": torch.float16},
+    "the heads": lambda m: {"M": 4},
+    "the channels": lambda m: {"D": 16},
+    "the points": lambda m: {"P": 4},
+    "the GPU": lambda m: m.setattr(tuning, "_device_name", lambda device: "another GPU") or {},
+    "PyTorch": lambda m: m.setattr(torch, "__version__", "2.99") or {},
+    "Triton": lambda m: m.setattr(tuning.triton, "__version__", "3.99") or {},
+    "this package": lambda m: m.setattr(tuning, "__version__", "9.9") or {},
+    "the kernel's source": lambda m: m.setattr(launch._msda_fwd_kernel, "cache_key", "other", raising=False) or {},
+    "queries that are no pixels": lambda m: {"Q": 9},
+}
+
+
+@pytest.mark.parametrize("what", KEY)
+def test_what_a_winner_is_good_for(what, clock, monkeypatch):
+    go("forward", clock)
+    another_process(clock)
+    go("forward", clock, **KEY[what](monkeypatch))
+    assert len(clock.timed) >= 3 and len(list(user_cache.folder().iterdir())) == 2
+
+
+def test_image_and_batch_size_are_not_in_the_key(clock, monkeypatch):
+    go("forward", clock)
+    monkeypatch.setattr("test_tuning.LEVELS", [(5, 7), (2, 3)])
+    clock.timed.clear()
+    go("forward", clock, Q=41)
+    go("forward", clock, Q=41, B=3)
+    assert clock.timed == []
+
+
+DAMAGED = {
+    "empty": lambda text: "",
+    "half": lambda text: text[: len(text) // 2],
+    "no json": lambda text: "plan",
+    "a list": lambda text: "[]",
+    "no plan": lambda text: text.replace('"plan"', '"plans"'),
+    "an unknown field": lambda text: text.replace('"BLOCK_Q"', '"BLOCK"'),
+    "of another call": lambda text: text.replace('"M": 2', '"M": 3'),
+    "no text": lambda text: "\udcff\udcfe",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_file_is_one_line(how, clock):
+    go("forward", clock)
+    (file,) = user_cache.folder().iterdir()
+    good = file.read_text()
+    file.write_text(DAMAGED[how](good), errors="surrogateescape")
+    another_process(clock)
+    with pytest.warns(UserWarning) as caught:
+        assert_right("forward", go("forward", clock))
+    assert [str(w.message) for w in caught] == [f"set_autotune: {file} is damaged, and ignored"]
+    assert clock.timed == candidates("forward") and file.read_text() == good
+
+
+def test_a_plan_that_is_no_candidate_any_more_is_timed_again(clock):
+    go("forward", clock)
+    (file,) = user_cache.folder().iterdir()
+    file.write_text(file.read_text().replace('"warps": ', '"warps": 3'))
+    another_process(clock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go("forward", clock)
+    assert clock.timed == candidates("forward")
+
+
+PROCESS = """
+import sys
+import test_tuning as t
+from msda_triton.kernels import launch, plan, tuning
+
+plan.INTERPRETED, plan._FEW_ROWS = False, 0
+clock = t.Clock()
+tuning.timing = clock.time
+winner = t.candidates("forward")[int(sys.argv[1])]
+clock.ms = {winner: 1.0}
+got = t.go("forward", clock)
+t.assert_right("forward", got)
+print(len(clock.timed), clock.runs[-1][0] == winner)
+"""
+
+
+def test_two_processes_at_once_share_a_cache(clock, monkeypatch, tmp_path):
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "tests", "XDG_CACHE_HOME": tmp_path}
+    options = {"env": os.environ | environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    both = [subprocess.Popen([sys.executable, "-c", PROCESS, "2"], text=True, **options) for _ in range(2)]
+    number = len(candidates("forward"))
+    for process in both:
+        # the one that comes second may find what the first one has left
+        assert process.communicate(timeout=200)[0] in (f"{number} True\n", "0 True\n")
+    monkeypatch.setattr(user_cache, "folder", lambda: tmp_path / "msda_triton")
+    (file,) = user_cache.folder().iterdir()
+    assert json.loads(file.read_text())["key"]["M"] == 2
+    go("forward", clock)  # a third one
+    assert clock.timed == [] and clock.runs[-1][0] == candidates("forward")[2]
+
+
+# where nothing is timed
+
+
+@BOTH
+def test_nothing_is_timed_while_somebody_records(direction, clock, monkeypatch):
+    first, second, *_ = candidates(direction)
+    clock.ms = {second: 1.0}
+    monkeypatch.setattr(tuning, "may_time", lambda device: False)
+    go(direction, clock)
+    assert clock.timed == [] and [plan for plan, _ in clock.runs] == [first]
+    monkeypatch.setattr(tuning, "may_time", lambda device: True)
+    go(direction, clock)
+    assert clock.timed and clock.runs[-1][0] == second
+    clock.runs.clear()
+    monkeypatch.setattr(tuning, "may_time", lambda device: False)
+    go(direction, clock)
+    assert [plan for plan, _ in clock.runs] == [second]  # what is known runs there too
+
+
+def test_what_ran_while_somebody_recorded_is_not_kept(clock, monkeypatch):
+    monkeypatch.setattr(launch, "_run_directly", lambda *a: clock.run(*a) or ({(1, 2, 1): None}.get and _Compiled()))
+    monkeypatch.setattr(tuning, "may_time", lambda device: False)
+    launch.forward(call_of()[0])
+    assert launch._launches == {}
+    monkeypatch.setattr(tuning, "may_time", lambda device: True)
+    launch.forward(call_of()[0])
+    assert len(launch._launches) == 1
+
+
+class _Compiled:
+    """A compiled kernel, whose launches do nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments: None
+
+
+def test_a_compilation_is_seen(monkeypatch):
+    assert tuning.may_time(torch.device("cpu"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not tuning.may_time(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_capture_is_seen(capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert tuning.may_time(torch.device("cuda", 0)) != capturing
+
+
+@BOTH
+def test_deterministic_runs_take_the_tables_plan(direction, clock):
+    clock.ms = {candidates(direction)[1]: 1.0}
+    go(direction, clock)
+    assert clock.runs[-1][0] == candidates(direction)[1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        clock.runs.clear()
+        clock.run = lambda kernel, call, arguments, plan: clock.runs.append((plan, None))
+        go(direction, clock)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    kind = plans.kind_of(call_of()[0], direction, deterministic=direction == "backward")
+    assert clock.runs[-1][0] == plans.default_plan(kind, "cpu") and len(clock.timed) == len(candidates(direction))
+
+
+def test_a_deterministic_backward_that_is_asked_for_by_itself(clock):
+    call, grad_out = call_of()
+    launch.backward(grad_out, call, ALL, deterministic=True, run=lambda *a: clock.runs.append((a[3], None)))
+    assert clock.timed == [] and len(clock.runs) == 2  # the bound, and the sums
+
+
+def test_on_and_off():
+    try:
+        set_autotune(True)
+        assert tuning.timing is tuning.do_bench
+        assert tuning.table_decides()  # where kernels are interpreted
+    finally:
+        set_autotune(False)
+    assert tuning.timing is None
+
+
+AGREE = [
+    (torch.float32, [1.0, 2.0], [1.0, 2.0001], True),  # a sum of some hundred terms in another order
+    (torch.float32, [1.0, 2.0], [1.0, 2.001], False),
+    (torch.float32, [0.0, 2.0], [1e-4, 2.0], True),
+    (torch.float32, [0.0, 2.0], [1e-3, 2.0], False),
+    (torch.bfloat16, [1.0, 256.0], [1.0, 258.0], True),  # neighbours
+    (torch.bfloat16, [1.0, 256.0], [1.0, 264.0], False),
+    (torch.float16, [1.0, 1024.0], [1.0, 1025.0], True),
+    (torch.float16, [1.0, 1024.0], [1.0, 1030.0], False),
+    (torch.float64, [1.0, 2.0], [1.0, 2.0 + 1e-13], True),
+    (torch.float64, [1.0, 2.0], [1.0, 2.0 + 1e-11], False),
+    (torch.float32, [1.0, math.nan], [1.0, math.nan], True),
+    (torch.float32, [1.0, math.nan], [math.nan, 1.0], False),
+    (torch.float32, [1.0, math.inf], [1.0, math.inf], True),
+    (torch.float32, [1.0, math.inf], [1.1, math.inf], False),
+    (torch.float32, [0.0, 0.0], [0.0, 1e-30], False),
+    (torch.float32, [], [], True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "want", "got", "same"), AGREE)
+def test_what_agrees(dtype, want, got, same):
+    assert tuning.agree(torch.tensor(got, dtype=dtype), torch.tensor(want, dtype=dtype)) == same
