@@ -1,51 +1,164 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: the operator's tests, accuracy, the benchmark, configurations, and
-# training steps of the detector.
+# Everything that needs one GPU, in nine minutes at most: is it right, how fast is it, and what would be faster.
 #
-#   benchmarks/on_gpu.sh             results go to $OUT, by default benchmarks/results
-#   benchmarks/on_gpu.sh --dry-run   the same lines on a CPU: few tests, tiny shapes, kernels interpreted
+#   benchmarks/on_gpu.sh                    all stages; results go to $OUT, by default benchmarks/results/gpu
+#   benchmarks/on_gpu.sh bench tune         these stages only, in the script's order
+#   benchmarks/on_gpu.sh --dry-run [STAGE]  the same lines on a CPU: tiny shapes, kernels interpreted, times mean nothing
 #
-# Needs Python with PyTorch, Triton, torchvision, scipy, pytest, hypothesis and matplotlib; PYTHON names it. Exits with 1 if a test failed.
-set -euo pipefail
+# A stage has a limit in seconds; none begins after the 540th, and what one leaves is kept if a later one fails. Needs
+# Python (PYTHON names it) with this package's extras `test` and `bench`; nvcc, ncu and compute-sanitizer are used if they
+# are there. MSDA_COMMIT names the commit where there is no git. Exits with 1 if a stage failed.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 
-out=${OUT:-benchmarks/results}
+declare -A limits=([correct]=120 [bench]=110 [tune]=70 [overhead]=30 [end_to_end]=90 [detector]=40 [hardware]=40 [profile]=40)
+order=(correct bench tune overhead end_to_end detector hardware profile)
+total=540
+
+dry=""
+if [[ ${1:-} == --dry-run ]]; then
+    dry=--dry-run
+    shift
+fi
+for stage in "$@"; do
+    if [[ -z ${limits[$stage]:-} ]]; then
+        echo "usage: benchmarks/on_gpu.sh [--dry-run] [STAGE...]; expected stages of ${order[*]}, got $stage" >&2
+        exit 2
+    fi
+done
+wanted=" ${*:-${order[*]}} "
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-tests=(tests/test_gpu.py tests/test_kernels.py tests/test_fused.py tests/test_deterministic.py tests/test_op.py tests/test_fallback.py)
-test_args=(-q -n 8)
-bench_args=(--limit 170)
-tune_args=(--workload encoder decoder --repeat 10)
-accuracy_args=()
-detector_args=(--device cuda)
-case ${1:-} in
-    "") ;;
-    --dry-run)
-        export TRITON_INTERPRET=1
-        tests=(tests/test_kernels.py::test_queries tests/test_fallback.py::test_float64)
-        test_args=(-q -n 2)
-        bench_args=(--dry-run --device cpu --dtype bfloat16 --limit 200 --repeat 1)
-        accuracy_args=(--queries 8 --dtype float16)
-        detector_args=(--device cpu --size 64 96 --rounds 1)
-        tune_args=(--dry-run --workload dry_decoder --dtype bfloat16 --repeat 1)
-        ;;
-    *)
-        echo "usage: benchmarks/on_gpu.sh [--dry-run]" >&2
-        exit 2
-        ;;
-esac
-
+out=${OUT:-benchmarks/results/gpu}
 mkdir -p "$out"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+[[ -n $dry ]] && export TRITON_INTERPRET=1
+exec > >(tee -a "$out/log.txt") 2>&1
 start=$SECONDS
-"$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, "cuda", torch.cuda.is_available())'
 status=0
-timeout 180 "$PYTHON" -m pytest "${test_args[@]}" "${tests[@]}" 2>&1 | tee "$out/pytest.log" || status=1
-echo "tests: $((SECONDS - start)) s"
-timeout 60 "$PYTHON" -m benchmarks.accuracy --csv "$out/accuracy.csv" "${accuracy_args[@]}" || status=1
-timeout 230 "$PYTHON" -m benchmarks.run --out "$out" "${bench_args[@]}"
-timeout 80 "$PYTHON" -m benchmarks.tune --out "$out" "${tune_args[@]}" || status=1
-timeout 60 "$PYTHON" -m benchmarks.detector_step --out "$out/detector_step.csv" "${detector_args[@]}" || status=1
-echo "all: $((SECONDS - start)) s; results in $out"
+
+# limited NAME COMMAND...: within what is left of the stage and of the whole; says how it ended
+limited() {
+    local name=$1 left=$((stage_end - SECONDS)) begin=$SECONDS code
+    shift
+    if ((left < 5)); then
+        echo "--- $name: no time left"
+        return 1
+    fi
+    timeout --kill-after=5 "$left" "$@"
+    code=$?
+    echo "--- $name: exit $code after $((SECONDS - begin)) s"
+    return $code
+}
+
+stage() {  # NAME: runs the function of that name, if it is asked for
+    [[ $wanted == *" $1 "* ]] || return 0
+    stage_end=$((SECONDS + limits[$1]))
+    ((stage_end > start + total)) && stage_end=$((start + total))
+    echo "=== $1, at $((SECONDS - start)) s, for $((stage_end - SECONDS)) s at most"
+    "$1" || status=1
+}
+
+would() { echo "would run: $*"; }
+
+# beside NAME COMMAND...: in the background; `wait_for_all` prints the ends of their logs, and is wrong if one was
+logs=$(mktemp -d)
+jobs=()
+beside() {
+    local name=$1
+    shift
+    (limited "$name" "$@" >"$logs/$name" 2>&1) &
+    jobs+=("$name:$!")
+}
+wait_for_all() {
+    local job wrong=0
+    for job in "${jobs[@]}"; do
+        wait "${job##*:}" || wrong=1
+        tail -n 12 "$logs/${job%:*}"
+    done
+    jobs=()
+    return $wrong
+}
+
+# what is not timed runs side by side, and fills Triton's cache for what is
+correct() {
+    local room=$((limits[correct] - 20)) sanitizer tool wrong=0 i
+    if [[ -n $dry ]]; then
+        limited conformance "$PYTHON" -m benchmarks.conformance --dry-run --processes 2 --limit 30 || wrong=1
+        limited tests "$PYTHON" -m pytest -q -p no:cacheprovider -k "edges" tests/test_gpu.py || wrong=1
+        limited sanitize "$PYTHON" -m benchmarks.sanitize || wrong=1
+        for tool in memcheck racecheck; do
+            would compute-sanitizer --tool "$tool" "$PYTHON" -m benchmarks.sanitize
+        done
+        would "$PYTHON" -m benchmarks.tune --compile 0/4 --workload "${tuned[@]}"
+        return $wrong
+    fi
+    beside conformance "$PYTHON" -m benchmarks.conformance --processes 6 --limit "$room"
+    beside tests "$PYTHON" -m pytest -q -n 4 -p no:cacheprovider -m gpu --tb=short tests
+    for i in 0 1 2 3; do
+        beside "compile_$i" "$PYTHON" -m benchmarks.tune --compile "$i/4" --workload "${tuned[@]}"
+    done
+    if command -v compute-sanitizer >/dev/null; then
+        sanitizer="$PYTHON -m benchmarks.sanitize"
+        for tool in memcheck racecheck; do
+            sanitizer+=" && compute-sanitizer --tool $tool --error-exitcode 7 --print-limit 5 $PYTHON -m benchmarks.sanitize"
+        done
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 beside sanitize bash -c "$sanitizer"
+    else
+        echo "sanitize: compute-sanitizer is not here"
+    fi
+    wait_for_all
+}
+
+bench() {
+    local providers=(fallback triton triton_fused triton_tensors triton_unfused) peer
+    for peer in torch_ms_deform_attn MultiScaleDeformableAttention mmcv deformops DCNv4; do
+        "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$peer') is None)" && providers+=("$peer")
+    done
+    if [[ -n $dry ]]; then
+        limited bench "$PYTHON" -m benchmarks.run --dry-run --device cpu --dtype bfloat16 --repeat 1 --out "$out" --limit 90
+    else
+        limited bench "$PYTHON" -m benchmarks.run --provider "${providers[@]}" --repeat 40 --out "$out" --limit 95
+    fi
+}
+
+tuned=(encoder decoder)
+tune() {
+    local args=(--workload "${tuned[@]}" --repeat 10)
+    [[ -n $dry ]] && args=(--dry-run --workload dry_decoder --dtype bfloat16 --distribution local)
+    limited tune "$PYTHON" -m benchmarks.tune --out "$out" --limit 58 "${args[@]}"
+}
+
+overhead() {
+    # without a GPU nothing is interpreted there: launches are stubbed
+    TRITON_INTERPRET=0 limited overhead "$PYTHON" -m benchmarks.overhead --out "$out/overhead.csv" --limit 25
+}
+
+end_to_end() {
+    limited end_to_end "$PYTHON" -m benchmarks.end_to_end $dry --out "$out/end_to_end.csv" --limit 80
+}
+
+detector() {
+    local args=(--device cuda --rounds 4)
+    [[ -n $dry ]] && args=(--device cpu --size 64 96 --rounds 1)
+    limited detector "$PYTHON" -m benchmarks.detector_step --out "$out/detector_step.csv" "${args[@]}"
+}
+
+hardware() { limited hardware "$PYTHON" -m benchmarks.hardware $dry --out "$out" --limit 35; }
+
+profile() {
+    if [[ -z $dry ]] && ! command -v ncu >/dev/null; then
+        echo "ncu: is not here"
+        return 0
+    fi
+    limited ncu "$PYTHON" -m benchmarks.ncu $dry --csv "$out/ncu.csv" --limit 38
+}
+
+"$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, "cuda", torch.cuda.is_available())'
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv,noheader
+for name in "${order[@]}"; do stage "$name"; done
+echo "all: $((SECONDS - start)) s, results in $out$( ((status == 0)) || echo ', something failed')"
+sleep 0.5  # for tee to write the last lines
 exit $status

@@ -218,10 +218,10 @@ def main() -> None:
 
 
 def _part(text: str) -> tuple[int, int]:
-    part, parts = map(int, text.split("/"))
-    if not 0 <= part < parts:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")
-    return part, parts
+    return int(part), int(parts)
 
 
 if __name__ == "__main__":
