@@ -17,6 +17,7 @@ import re
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from unittest import mock
 
@@ -161,6 +162,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(nan=7.25), b.nan_to_num(nan=7.25)) and torch.equal(a.isnan(), b.isnan())
 
 
+def draw(number: int, seed: int, small: bool, check: Callable[[Call], None]) -> None:
+    """Hand so many calls of a seed to check, one after the other."""
+    examples = hypothesis.settings(
+        max_examples=number, deadline=None, database=None,
+        phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    random = hypothesis.given(call=calls(small=small))(lambda call: check(call))
+    hypothesis.seed(seed)(examples(random))()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help='"exported": as torch.export sees it')
@@ -187,12 +198,7 @@ def main() -> int:
     for batch in range(0, args.calls, BATCH):
         if time.perf_counter() - begin > args.seconds:
             break
-        examples = hypothesis.settings(
-            max_examples=min(BATCH, args.calls - batch), deadline=None, database=None,
-            phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
-        )  # fmt: skip
-        random = hypothesis.given(call=calls(small=args.backend == "triton"))(count)
-        hypothesis.seed(args.seed + batch)(examples(random))()
+        draw(min(BATCH, args.calls - batch), args.seed + batch, args.backend == "triton", count)
     sorts = Counter(re.sub(r"\d+ of \d+ ", "", line.split(", at")[0])[:100] for _, lines in wrong for line in lines)
     for what, number in sorts.most_common():
         print(f"{number:6} {what}")

@@ -1,10 +1,9 @@
 """Some of the random calls of `fuzz.py`, 300 in all; `make test-all` runs many more."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests import fuzz
-from tests.fuzz_calls import Call, calls
+from tests.fuzz_calls import Call
 
 # in parts, which the processes of a test run share: backend, calls, seed
 PARTS = [("torch", 200, 0), ("exported", 50, 1), *(("triton", 10, n) for n in range(2, 7))]
@@ -13,16 +12,10 @@ PARTS = [("torch", 200, 0), ("exported", 50, 1), *(("triton", 10, n) for n in ra
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinity in interpreted kernels
 @pytest.mark.parametrize(("backend", "examples", "number"), PARTS)
 def test_random_calls(backend, examples, number):
-    @seed(number)
-    @settings(
-        max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(call=calls(small=backend == "triton"))
     def check(call: Call) -> None:
         assert fuzz.faults(call, backend) == []
 
-    check()
+    fuzz.draw(examples, number, backend == "triton", check)
 
 
 SABOTAGE = {
@@ -38,14 +31,5 @@ def test_what_is_wrong_is_found(sabotage, monkeypatch):
     right = fuzz.ms_deform_attn
     monkeypatch.setattr(fuzz, "ms_deform_attn", lambda *inputs, **options: sabotage(right(*inputs, **options)))
     found = []
-
-    @seed(0)
-    @settings(
-        max_examples=60, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-    )
-    @given(call=calls())
-    def check(call: Call) -> None:
-        found.extend(fuzz.faults(call, "torch"))
-
-    check()
+    fuzz.draw(60, 0, False, lambda call: found.extend(fuzz.faults(call, "torch")))
     assert found
