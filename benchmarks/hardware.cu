@@ -8,7 +8,13 @@
 #include <cstdlib>
 #include <vector>
 #include <cuda_runtime.h>
-#define CHECK(x) do { cudaError_t e = (x); if (e != cudaSuccess) { fprintf(stderr, "%s, line %d\n", cudaGetErrorString(e), __LINE__); exit(1); } } while (0)
+
+void check(cudaError_t error, int line) {
+  if (error == cudaSuccess) return;
+  fprintf(stderr, "%s, line %d\n", cudaGetErrorString(error), line);
+  exit(1);
+}
+#define CHECK(x) check(x, __LINE__)
 
 __device__ __forceinline__ uint4 load(const char *p, bool l1) {
   uint4 v;
@@ -26,12 +32,15 @@ __device__ __forceinline__ unsigned hash(unsigned x) { x *= 0x9E3779B1u; return 
 // rows: a power of two; pitch: bytes between rows; lanes: of a row; offset: of the first byte in a row;
 // turn: what row r adds to the offset, times (r % 4) (0: every row in the same sectors of its line)
 template <int UNROLL, bool L1, bool WIDE>
-__global__ void load_kernel(const char *base, int rows, int pitch, int lanes, int offset, int turn, int iters, long long *cycles, unsigned *sink) {
+__global__ void load_kernel(const char *base, int rows, int pitch, int lanes, int offset, int turn, int iters,
+                            long long *cycles, unsigned *sink) {
   int lane = threadIdx.x & 31, warp = (blockIdx.x * blockDim.x + threadIdx.x) >> 5;
   int part = lane % lanes, group = lane / lanes;
   unsigned acc = 0, seed = hash(warp * 977u + group * 131u + 7u);
   const char *mine = base + offset + part * (WIDE ? 16 : 8) + turn * (group & 3);
-  if (L1) for (int i = threadIdx.x; i < rows * 4; i += blockDim.x) acc += load(base + (size_t)(i / 4) * pitch + (i % 4) * 32, true).x;
+  if (L1)  // all rows into the cache
+    for (int i = threadIdx.x; i < rows * 4; i += blockDim.x)
+      acc += load(base + (size_t)(i / 4) * pitch + (i % 4) * 32, true).x;
   __syncthreads();
   long long start = clock64();
 #pragma unroll 1
@@ -52,7 +61,10 @@ __global__ void load_kernel(const char *base, int rows, int pitch, int lanes, in
   if (acc == 0x12345) *sink = acc;
 }
 
-// kind 0: v4.f32, 1: v2.f32, 2: f32, 3: v4.bf16x2 (8 channels), 4: bf16x2 scalar word; gap: bytes between the pieces of two lanes
+#define RED(TYPE, NUMBERS, X) \
+  asm volatile("red.global.relaxed.gpu.add." TYPE " [%0], " NUMBERS ";" ::"l"(p), X : "memory")
+
+// kind 0: v4.f32, 1: v2.f32, 2: f32, 3: v4.bf16x2, 4: bf16x2; gap: bytes from a lane's piece to the next
 template <int KIND>
 __global__ void red_kernel(char *base, int rows, int pitch, int lanes, int gap, int iters) {
   int lane = threadIdx.x & 31, warp = (blockIdx.x * blockDim.x + threadIdx.x) >> 5;
@@ -64,11 +76,11 @@ __global__ void red_kernel(char *base, int rows, int pitch, int lanes, int gap, 
     seed = seed * 1664525u + 1013904223u;
     char *p = mine + (size_t)((seed >> 9) & (rows - 1)) * pitch;
     float x = 1.0f;
-    if (KIND == 0) asm volatile("red.global.relaxed.gpu.add.v4.f32 [%0], {%1,%1,%1,%1};" ::"l"(p), "f"(x) : "memory");
-    if (KIND == 1) asm volatile("red.global.relaxed.gpu.add.v2.f32 [%0], {%1,%1};" ::"l"(p), "f"(x) : "memory");
-    if (KIND == 2) asm volatile("red.global.relaxed.gpu.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
-    if (KIND == 3) asm volatile("red.global.relaxed.gpu.add.noftz.v4.bf16x2 [%0], {%1,%1,%1,%1};" ::"l"(p), "r"(0x3f803f80) : "memory");
-    if (KIND == 4) asm volatile("red.global.relaxed.gpu.add.noftz.bf16x2 [%0], %1;" ::"l"(p), "r"(0x3f803f80) : "memory");
+    if (KIND == 0) RED("v4.f32", "{%1,%1,%1,%1}", "f"(x));
+    if (KIND == 1) RED("v2.f32", "{%1,%1}", "f"(x));
+    if (KIND == 2) RED("f32", "%1", "f"(x));
+    if (KIND == 3) RED("noftz.v4.bf16x2", "{%1,%1,%1,%1}", "r"(0x3f803f80));
+    if (KIND == 4) RED("noftz.bf16x2", "%1", "r"(0x3f803f80));
   }
 }
 
@@ -91,18 +103,21 @@ int main() {
   CHECK(cudaEventCreate(&a));
   CHECK(cudaEventCreate(&b));
   std::vector<long long> host(4096);
-  auto row = [&](const char *experiment, const char *name, int rows, int pitch, int lanes, int step, double cycles, double gb_per_s) {
-    printf("%s,%s,%d,%d,%d,%d,%.2f,%.0f,%s,%d,%d\n", experiment, name, rows, pitch, lanes, step, cycles, gb_per_s, prop.name, sms, khz / 1000);
+  auto row = [&](const char *experiment, const char *name, int rows, int pitch, int lanes, int step, double cycles,
+                 double gb_per_s) {
+    printf("%s,%s,%d,%d,%d,%d,%.2f,%.0f,", experiment, name, rows, pitch, lanes, step, cycles, gb_per_s);
+    printf("%s,%d,%d\n", prop.name, sms, khz / 1000);
   };
-  auto loads = [&](const char *name, bool l1, bool wide, int rows, int pitch, int lanes, int offset, int turn, int threads, int per_sm) {
-    const int UNROLL = 4, iters = 256;
+  auto loads = [&](const char *name, bool l1, bool wide, int rows, int pitch, int lanes, int offset, int turn) {
+    const int UNROLL = 4, iters = 256, threads = 1024, per_sm = 2;
+    auto kernel = l1 ? (wide ? load_kernel<UNROLL, true, true> : load_kernel<UNROLL, true, false>)
+                     : load_kernel<UNROLL, false, true>;
     float ms = 0;
     int blocks = sms * per_sm;
     for (int r = 0; r < 3; r++) {
       CHECK(cudaEventRecord(a));
-      if (l1 && wide) load_kernel<UNROLL, true, true><<<blocks, threads>>>(buffer, rows, pitch, lanes, offset, turn, iters, cycles, sink);
-      else if (l1) load_kernel<UNROLL, true, false><<<blocks, threads>>>(buffer, rows, pitch, lanes, offset, turn, iters, cycles, sink);
-      else load_kernel<UNROLL, false, true><<<blocks, threads>>>(buffer, rows, pitch, lanes, offset, turn, iters, cycles, sink);
+      kernel<<<blocks, threads>>>(buffer, rows, pitch, lanes, offset, turn, iters, cycles, sink);
+      CHECK(cudaGetLastError());
       CHECK(cudaEventRecord(b));
       CHECK(cudaDeviceSynchronize());
       CHECK(cudaEventElapsedTime(&ms, a, b));
@@ -115,34 +130,31 @@ int main() {
     row("load", name, rows, pitch, lanes, turn, mean / instructions, bytes * sms / ms / 1e6);
   };
   // 128 lines of 128 bytes, 16 KiB: everything hits L1
-  loads("L1 coalesced 512B", true, true, 32, 512, 32, 0, 0, 1024, 2);
-  loads("L1 4 rows x 128B", true, true, 128, 128, 8, 0, 0, 1024, 2);
-  loads("L1 8 rows x 64B same half", true, true, 128, 128, 4, 0, 0, 1024, 2);
-  loads("L1 8 rows x 64B halves mixed", true, true, 256, 64, 4, 0, 0, 1024, 2);
-  loads("L1 8 rows x 64B pitch 512", true, true, 128, 512, 4, 64, 0, 1024, 2);
-  loads("L1 16 rows x 32B same sector", true, true, 128, 128, 2, 0, 0, 1024, 2);
-  loads("L1 16 rows x 32B sectors mixed", true, true, 128, 128, 2, 0, 32, 1024, 2);
-  loads("L1 16 rows x 32B pitch 512", true, true, 128, 512, 2, 64, 0, 1024, 2);
-  loads("L1 32 rows x 16B same place", true, true, 128, 128, 1, 0, 0, 1024, 2);
-  loads("L1 8B: 8 rows x 32B same sector", true, false, 128, 128, 4, 0, 0, 1024, 2);
-  loads("L1 8B: 4 rows x 64B same half", true, false, 128, 128, 8, 0, 0, 1024, 2);
-  loads("L1 8B: 16 rows x 16B", true, false, 128, 128, 2, 0, 0, 1024, 2);
+  loads("L1 coalesced 512B", true, true, 32, 512, 32, 0, 0);
+  loads("L1 4 rows x 128B", true, true, 128, 128, 8, 0, 0);
+  loads("L1 8 rows x 64B same half", true, true, 128, 128, 4, 0, 0);
+  loads("L1 8 rows x 64B halves mixed", true, true, 256, 64, 4, 0, 0);
+  loads("L1 8 rows x 64B pitch 512", true, true, 128, 512, 4, 64, 0);
+  loads("L1 16 rows x 32B same sector", true, true, 128, 128, 2, 0, 0);
+  loads("L1 16 rows x 32B sectors mixed", true, true, 128, 128, 2, 0, 32);
+  loads("L1 16 rows x 32B pitch 512", true, true, 128, 512, 2, 64, 0);
+  loads("L1 32 rows x 16B same place", true, true, 128, 128, 1, 0, 0);
+  loads("L1 8B: 8 rows x 32B same sector", true, false, 128, 128, 4, 0, 0);
+  loads("L1 8B: 4 rows x 64B same half", true, false, 128, 128, 8, 0, 0);
+  loads("L1 8B: 16 rows x 16B", true, false, 128, 128, 2, 0, 0);
   // 16 MiB of rows, past L1
-  loads("L2 4 rows x 128B", false, true, 1 << 17, 128, 8, 0, 0, 1024, 2);
-  loads("L2 8 rows x 64B pitch 512", false, true, 1 << 15, 512, 4, 64, 0, 1024, 2);
-  loads("L2 16 rows x 32B pitch 512", false, true, 1 << 15, 512, 2, 64, 0, 1024, 2);
+  loads("L2 4 rows x 128B", false, true, 1 << 17, 128, 8, 0, 0);
+  loads("L2 8 rows x 64B pitch 512", false, true, 1 << 15, 512, 4, 64, 0);
+  loads("L2 16 rows x 32B pitch 512", false, true, 1 << 15, 512, 2, 64, 0);
   auto reds = [&](const char *name, int kind, int rows, int pitch, int lanes, int gap, int piece) {
     const int iters = 128, threads = 256, blocks = sms * 8;
+    void (*kernels[])(char *, int, int, int, int, int) = {red_kernel<0>, red_kernel<1>, red_kernel<2>, red_kernel<3>,
+                                                          red_kernel<4>};
     float ms = 0;
     for (int r = 0; r < 2; r++) {
       CHECK(cudaEventRecord(a));
-      switch (kind) {
-        case 0: red_kernel<0><<<blocks, threads>>>(buffer, rows, pitch, lanes, gap, iters); break;
-        case 1: red_kernel<1><<<blocks, threads>>>(buffer, rows, pitch, lanes, gap, iters); break;
-        case 2: red_kernel<2><<<blocks, threads>>>(buffer, rows, pitch, lanes, gap, iters); break;
-        case 3: red_kernel<3><<<blocks, threads>>>(buffer, rows, pitch, lanes, gap, iters); break;
-        default: red_kernel<4><<<blocks, threads>>>(buffer, rows, pitch, lanes, gap, iters);
-      }
+      kernels[kind]<<<blocks, threads>>>(buffer, rows, pitch, lanes, gap, iters);
+      CHECK(cudaGetLastError());
       CHECK(cudaEventRecord(b));
       CHECK(cudaDeviceSynchronize());
       CHECK(cudaEventElapsedTime(&ms, a, b));
