@@ -22,7 +22,7 @@ class Provider:
     function: Callable[[Inputs], Tensor]  # to [B, Q, M * D] in value's dtype
     leaves: tuple[str, ...] = ("value", "locations", "weights")
     keeps_graph: bool = True  # whether one forward can be followed by many backward passes
-    graph: bool = False  # timed by CUDA graph as well where launches could hide the kernels
+    graph: bool = False  # small calls are timed by CUDA graph as well
 
 
 def grid_sample(x: Inputs) -> Tensor:
@@ -131,7 +131,7 @@ PROVIDERS = {
     "triton_tensors": Provider(triton_tensors, graph=True),
     "triton_unfused": Provider(triton_unfused, _FUSED_LEAVES, graph=True),
     "triton_fused": Provider(triton_fused, _FUSED_LEAVES, graph=True),
-    "torch_ms_deform_attn": Provider(torch_ms_deform_attn),
+    "torch_ms_deform_attn": Provider(torch_ms_deform_attn, graph=True),
     "MultiScaleDeformableAttention": Provider(original_cuda),
     "mmcv": Provider(mmcv),
     "deformops": Provider(deformops),

@@ -31,6 +31,7 @@ WORKLOADS = {
     for w in (
         Workload("encoder", 2, _R50_LEVELS, 22223),
         Workload("decoder", 2, _R50_LEVELS, 300),
+        Workload("decoder_b4", 4, _R50_LEVELS, 300),
         Workload("dino_decoder", 2, _R50_LEVELS, 900),
         Workload("mask2former_encoder", 2, ((128, 128), (64, 64), (32, 32)), 21504),
         Workload("rtdetr_decoder", 8, ((80, 80), (40, 40), (20, 20)), 300),
@@ -43,7 +44,7 @@ WORKLOADS = {
         Workload("dry_decoder", 1, ((4, 5), (2, 3)), 3, M=2, D=8, P=2),
     )
 }
-DISTRIBUTIONS = ("uniform", "local")
+DISTRIBUTIONS = ("local", "uniform")  # by worth
 
 
 @dataclass
