@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -63,26 +64,29 @@ class Side:
         """Begin with a case: arguments of `_serve`."""
         if self._process is None:
             path = os.pathsep.join(filter(None, (str(self._folder), str(ROOT), os.environ.get("PYTHONPATH"))))
+            here, there = os.pipe()  # not stdout, where a package may print
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.against", str(self._folder)],
+                [sys.executable, "-m", "benchmarks.against", str(self._folder), str(there)],
                 cwd=self._folder, env=os.environ | {"PYTHONPATH": path}, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE, stdout=2, pass_fds=[there],
             )  # fmt: skip
+            os.close(there)
+            self._answers = os.fdopen(here)
         self._send(case)
 
     def next_row(self) -> dict | None:
         """The next row of the case, None after the last."""
         self._send(None)
-        answer = self._process.stdout.readline()
+        answer = self._answers.readline()
         return json.loads(answer) if answer else {"mode": "", "timer": "", "status": "failed: the process ended"}
 
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()
+            self._answers.close()
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
             self._process = None
 
     def _send(self, request) -> None:
@@ -145,10 +149,8 @@ def _compare_case(sides: list[Side], request: tuple) -> Iterator[dict]:
         side.close()  # an error of the device spoils all that comes after it
 
 
-def _serve(folder: Path) -> None:
+def _serve(folder: Path, answers: TextIO) -> None:
     """The other process: a case starts a series of rows, null asks for the next of them."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints shall not look like an answer
     if not Path(msda_triton.__file__).is_relative_to(folder):
         sys.exit(f"expected msda_triton of {folder}, got {msda_triton.__file__}")
     case, rows = None, iter(())
@@ -165,4 +167,4 @@ def _serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w"))

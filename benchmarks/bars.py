@@ -3,8 +3,8 @@
     python -m benchmarks.bars benchmarks/results/h100/4_bench.csv --out benchmarks/results/h100/
     python -m benchmarks.bars A.csv B.csv --out FOLDER    # of two measurements of the same the later file's counts
 
-Writes `bars.png` and `bars.md`. Both show local locations only. The picture has one time for each provider: of a CUDA
-graph where another of the same call was timed so, else of device events, on a CPU of the host clock. The table has all.
+Writes `bars.png` and `bars.md`. Both show local locations only. A bar is one time of a provider: of a CUDA graph where
+there is one, else of device events, on a CPU of the host clock. The table has all times.
 """
 
 import argparse

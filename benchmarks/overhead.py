@@ -18,8 +18,8 @@ one). A backward on a GPU runs in a thread of autograd's, which "thread" does no
 The rows of wall time ask where forward and backward together lose against their sum:
 
 - "together, its forward" and "its autograd.grad" split one loop: the part that grew is the one that loses.
-- "graph retained", "no second thread" and "no garbage collection" each leave out one suspect: freeing of the graph, the
-  handover to autograd's thread, Python's collector.
+- "graph freed by the caller", "no second thread" and "no garbage collection" each leave out one suspect: autograd's
+  thread frees the graph, it is handed the work, Python's collector runs.
 - "kernels together" has no autograd. The empty function has nothing else: what it loses is PyTorch's.
 - zeros and conversion are the two passes over value's gradient that are no kernel of ours.
 - "graph replay" is the same work with the host left out.
@@ -193,9 +193,8 @@ def loop_rows(name: str, forward: Call, backward: Callable[..., object]) -> Iter
     def together() -> object:
         return backward(forward())
 
-    def retained(kept: list) -> object:
-        kept.append(forward())
-        return backward(kept[-1], retain_graph=True)
+    def retained() -> object:
+        return backward(forward(), retain_graph=True)
 
     def within(context) -> float:
         with context:
@@ -207,7 +206,7 @@ def loop_rows(name: str, forward: Call, backward: Callable[..., object]) -> Iter
     yield f"{name}: together", lambda: wall_us(together)
     yield f"{name}: together, its forward", lambda: split_us(forward, backward)[0]
     yield f"{name}: together, its autograd.grad", lambda: split_us(forward, backward)[1]
-    yield f"{name}: together, graph retained", lambda: wall_us(functools.partial(retained, []))
+    yield f"{name}: together, graph freed by the caller", lambda: wall_us(retained)
     alone = torch.autograd.set_multithreading_enabled
     yield f"{name}: together, no second thread", lambda: within(alone(False))
     yield f"{name}: together, no garbage collection", lambda: within(_no_collection())
@@ -285,7 +284,7 @@ def main() -> None:
         }
         file = None if args.out is None else RowFile(args.out, COLUMNS, place)
         print(", ".join(f"{key} {value}" for key, value in place.items() if value))
-        print(f"{'us':51}{'before' if args.against else '':>10}{'now':>10}{'ratio':>8}")
+        print(f"{'us':55}{'before' if args.against else '':>10}{'now':>10}{'ratio':>8}")
 
         rows = [("thread", name, functools.partial(least, [calls[name] for calls in found])) for name in found[-1]]
         rows += [("thread", name, functools.partial(least, [call])) for name, call in parts_of_a_call(small).items()]
@@ -303,7 +302,7 @@ def main() -> None:
                 numbers = f"{row.get('before_us', ''):10.5}{row['now_us']:10.1f}{row.get('ratio', ''):8.3}"
             except Exception as error:
                 row["status"] = numbers = failed(error)
-            print(f"{timer:8}{name:43}{numbers}", flush=True)
+            print(f"{timer:8}{name:47}{numbers}", flush=True)
             if file is not None:
                 file.write(row)
         if args.profile is not None:

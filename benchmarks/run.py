@@ -1,4 +1,4 @@
-"""Benchmark what this machine can run, and write a CSV, a Markdown table and a plot.
+"""Benchmark what this machine can run, and write a CSV, a Markdown table and, with matplotlib, a plot.
 
     python -m benchmarks.run                        # a CPU: three workloads, about 3 minutes; a GPU: all, under 8
     python -m benchmarks.run --workload decoder --provider torch fallback --dtype float32
@@ -113,7 +113,7 @@ def main() -> None:
             break
     path.with_suffix(".md").write_text(report.markdown(file.lines))
     written = [f"{name}.csv", f"{name}.md"]
-    if bars.chosen(file.lines):
+    if bars.chosen(file.lines) and importlib.util.find_spec("matplotlib"):
         bars.draw(file.lines).savefig(path.with_suffix(".png"))
         written.append(f"{name}.png")
     print(f"wrote {', '.join(written)} to {args.out}")

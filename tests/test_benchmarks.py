@@ -1,19 +1,19 @@
-"""The benchmark harness: its inputs, its gate, its arithmetic and its files. Nothing here asserts a time."""
+"""The benchmark harness: its inputs, its gate, what it times and its arithmetic. Nothing here asserts a time."""
 
-import csv
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_op, gate, memory, providers, report, run, shim_coverage, shim_speed
-from benchmarks.bench_op import Row
+from benchmarks import bench_op, gate, memory, providers, shim_coverage, shim_speed
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, make_inputs
+from msda_triton import checks
 from msda_triton.call import Call
+from msda_triton.kernels import launch
+from msda_triton.kernels import plan as plans
 from msda_triton.reference import ms_deform_attn_reference
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,7 @@ def test_workloads_are_those_of_the_design():
     design = {
         "encoder": (2, 22223, 22223, 8, 32, 4),
         "decoder": (2, 22223, 300, 8, 32, 4),
+        "decoder_b4": (4, 22223, 300, 8, 32, 4),
         "dino_decoder": (2, 22223, 900, 8, 32, 4),
         "mask2former_encoder": (2, 21504, 21504, 8, 32, 4),
         "rtdetr_decoder": (8, 8400, 300, 8, 32, 4),
@@ -71,7 +72,7 @@ def test_local_locations_lie_around_the_pixel_of_the_query():
 
 
 def test_a_distribution_that_does_not_exist():
-    with pytest.raises(ValueError, match="distribution: expected one of uniform, local, got 'gauss'"):
+    with pytest.raises(ValueError, match="distribution: expected one of local, uniform, got 'gauss'"):
         make_inputs(DRY, "gauss", torch.float32, "cpu")
 
 
@@ -158,6 +159,66 @@ def test_what_is_wrong_or_fails_is_reported_and_not_timed(monkeypatch):
     assert all(r.p50_ms is None and r.ratio is None for r in rows[3:])
 
 
+def test_a_timer_that_fails_costs_its_row_only(monkeypatch):
+    def wall(call, repeat_ms):
+        if names.pop(0) != "bwd":
+            raise KeyError("no clock")
+        return 2.0, 1.0, 3.0
+
+    names = ["fwd", "bwd", "fwd+bwd", "fwd", "bwd", "fwd+bwd"]
+    monkeypatch.setitem(bench_op.TIMERS, "wall", wall)
+    rows = list(bench_op.bench(DRY, "local", torch.float32, "cpu", ["torch", "fallback"], repeat_ms=0))
+    timed = ("ok", 2.0, 1.0)
+    lost = ("failed: KeyError: 'no clock'", None, None)
+    assert [(r.status, r.p50_ms, r.ratio) for r in rows] == [lost, timed, lost] * 2
+
+
+def test_inputs_that_cannot_be_made_are_reported(monkeypatch):
+    def fails(*args):
+        raise MemoryError("22 GiB")
+
+    monkeypatch.setattr(bench_op, "make_inputs", fails)
+    rows = list(bench_op.bench(DRY, "local", torch.float32, "cpu", ["torch", "fallback"], repeat_ms=0))
+    assert [(r.provider, r.status) for r in rows] == [(p, "failed: MemoryError: 22 GiB") for p in ("torch", "fallback")]
+
+
+def test_how_a_call_is_timed():
+    def timers(provider, workload, device="cuda"):
+        return bench_op.timers(PROVIDERS[provider], "fwd", WORKLOADS[workload], device)
+
+    assert timers("triton", "encoder") == timers("triton", "bev_cross") == ["events"]
+    assert timers("triton", "decoder_b4") == timers("torch", "l4_encoder") == ["events", "wall", "graph"]
+    assert timers("fallback", "decoder") == ["events", "wall"]
+    assert timers("triton", "decoder", "cpu") == ["wall"]
+
+
+@pytest.mark.parametrize(("on_gpu", "block"), [(False, ["call"]), (True, ["drain", *["call"] * 50, "drain"])])
+def test_wall_time_is_of_blocks_between_empty_queues(monkeypatch, on_gpu, block):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("drain"))
+    clock = iter(range(1000))
+    monkeypatch.setattr(bench_op.time, "perf_counter", lambda: next(clock))
+    times = bench_op.wall_ms(lambda: done.append("call"), repeat_ms=0)
+    assert done == block * 4  # the first warms up
+    assert times == (1e3 / block.count("call"),) * 3  # a tick of the clock for each block
+
+
+@pytest.mark.parametrize("workload", ["l4_encoder", "tiny_encoder", "dry_encoder"])
+@pytest.mark.parametrize(("provider", "pixels"), [("triton", True), ("triton_fused", True), ("triton_tensors", False)])
+def test_encoders_run_rectangles_where_the_host_knows_the_sizes(monkeypatch, workload, provider, pixels):
+    """Nothing is computed: the launch is looked at."""
+    launched = []
+    monkeypatch.setattr(checks, "on_host", lambda x: False)  # tensors are the device's, as on a GPU
+    monkeypatch.setattr(launch, "_run_directly", lambda kernel, call, arguments, plan: launched.append((call, plan)))
+    x = make_inputs(WORKLOADS[workload], "local", torch.float32, "cpu")
+    with torch.no_grad():
+        PROVIDERS[provider].function(x)
+    ((call, plan),) = launched
+    assert plans.kind_of(call, "forward").pixels == pixels
+    assert (plan.BLOCK_W > 0) == pixels
+
+
 def test_the_baseline_comes_first():
     with pytest.raises(ValueError, match="providers: expected torch first, got fallback"):
         next(bench_op.bench(DRY, "uniform", torch.float32, "cpu", ["fallback", "torch"], repeat_ms=0))
@@ -189,63 +250,6 @@ def test_bound_of_the_decoder_is_memory():
     samples = 2 * 300 * 8 * 16
     expected_bytes = 4 * (2 * 22223 * 256 + samples * 3 + 2 * 300 * 256)
     assert bench_op.bound_ms(x, "H100", 132) == pytest.approx(expected_bytes / 3350e9 * 1e3)
-
-
-ROWS = [
-    Row("decoder", "local", "torch", "fwd", "float32", "wall", 10.0, 9.0, 12.0, None, 1.0),
-    Row("decoder", "local", "fallback", "fwd", "float32", "wall", 2.5, 2.0, 3.0, None, 4.0),
-    Row("decoder", "local", "peer", "", "float32", status="wrong: out"),
-]
-PLACE = {"device": "a machine", "driver": "", "commit": "abc"}
-
-
-def test_csv(tmp_path):
-    report.write_csv(tmp_path / "x.csv", ROWS, PLACE)
-    with (tmp_path / "x.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    columns = ("provider", "p50_ms", "ratio", "peak_mib", "status", "device", "commit")
-    assert [tuple(line[column] for column in columns) for line in lines] == [
-        ("torch", "10", "1", "", "ok", "a machine", "abc"),
-        ("fallback", "2.5", "4", "", "ok", "a machine", "abc"),
-        ("peer", "", "", "", "wrong: out", "a machine", "abc"),
-    ]
-
-
-def test_markdown():
-    lines = report.markdown(ROWS, PLACE).splitlines()
-    assert lines[0].endswith("device a machine, commit abc")
-    assert lines[2:5] == [
-        "| workload | locations | dtype | mode | torch | fallback |",
-        "|---|---|---|---|---:|---:|",
-        "| decoder | local | float32 | fwd | 10 | 2.5 (4x) |",
-    ]
-    assert lines[-1] == "- peer, decoder, local, float32: wrong: out"
-
-
-def test_run_writes_its_files(tmp_path, monkeypatch, capsys):
-    arguments = "--device cpu --dry-run --provider fallback --dtype float32 --repeat 0 --distribution local --out"
-    monkeypatch.setattr(sys, "argv", ["run", *arguments.split(), str(tmp_path)])
-    run.main()
-    with (tmp_path / "dry_run.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    cases = [
-        (w, p, m)
-        for w in ("dry_encoder", "dry_decoder")
-        for p in ("torch", "fallback")
-        for m in ("fwd", "bwd", "fwd+bwd")
-    ]
-    assert [(r["workload"], r["provider"], r["mode"]) for r in lines] == cases
-    assert all(r["status"] == "ok" and float(r["p50_ms"]) > 0 and r["torch"] == torch.__version__ for r in lines)
-    assert (tmp_path / "dry_run.md").read_text().count("| dry_") == 6
-    assert (tmp_path / "dry_run.png").read_bytes().startswith(b"\x89PNG")
-    assert "wrote dry_run.csv" in capsys.readouterr().out
-
-
-def test_run_refuses_what_cannot_run_here(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run", "--device", "cpu", "--provider", "mmcv"])
-    with pytest.raises(SystemExit):
-        run.main()
-    assert "--provider: mmcv cannot run here; torch, torch_compiled, fallback, inductor" in capsys.readouterr().err
 
 
 def test_on_gpu_script_refuses_unknown_arguments():
