@@ -11,8 +11,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-declare -A limits=([correct]=120 [bench]=110 [tune]=70 [overhead]=30 [end_to_end]=90 [detector]=40 [hardware]=40 [profile]=40)
-order=(correct bench tune overhead end_to_end detector hardware profile)
+order=(correct bench tune knobs overhead end_to_end detector hardware profile)
+declare -A limits=(
+    [correct]=110 [bench]=100 [tune]=55 [knobs]=45 [overhead]=25 [end_to_end]=90 [detector]=35 [hardware]=40 [profile]=40
+)
 total=540
 
 dry=""
@@ -92,13 +94,15 @@ correct() {
         for tool in memcheck racecheck; do
             would compute-sanitizer --tool "$tool" "$PYTHON" -m benchmarks.sanitize
         done
-        would "$PYTHON" -m benchmarks.tune --compile 0/4 --workload "${tuned[@]}"
+        would "$PYTHON" -m benchmarks.tune --compile 0/3 --workload "${tuned[@]}"
+        would "$PYTHON" -m benchmarks.knobs --compile 0/3
         return $wrong
     fi
     beside conformance "$PYTHON" -m benchmarks.conformance --processes 6 --limit "$room"
     beside tests "$PYTHON" -m pytest -q -n 4 -p no:cacheprovider -m gpu --tb=short tests
-    for i in 0 1 2 3; do
-        beside "compile_$i" "$PYTHON" -m benchmarks.tune --compile "$i/4" --workload "${tuned[@]}"
+    for i in 0 1 2; do
+        beside "compile_tune_$i" "$PYTHON" -m benchmarks.tune --compile "$i/3" --workload "${tuned[@]}"
+        beside "compile_knobs_$i" "$PYTHON" -m benchmarks.knobs --compile "$i/3"
     done
     if command -v compute-sanitizer >/dev/null; then
         sanitizer="$PYTHON -m benchmarks.sanitize"
@@ -118,9 +122,9 @@ bench() {
         "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$peer') is None)" && providers+=("$peer")
     done
     if [[ -n $dry ]]; then
-        limited bench "$PYTHON" -m benchmarks.run --dry-run --device cpu --dtype bfloat16 --repeat 1 --out "$out" --limit 90
+        limited bench "$PYTHON" -m benchmarks.run --dry-run --device cpu --dtype bfloat16 --repeat 1 --out "$out" --limit 60
     else
-        limited bench "$PYTHON" -m benchmarks.run --provider "${providers[@]}" --repeat 40 --out "$out" --limit 95
+        limited bench "$PYTHON" -m benchmarks.run --provider "${providers[@]}" --repeat 40 --out "$out" --limit 85
     fi
 }
 
@@ -128,12 +132,14 @@ tuned=(encoder decoder)
 tune() {
     local args=(--workload "${tuned[@]}" --repeat 10)
     [[ -n $dry ]] && args=(--dry-run --workload dry_decoder --dtype bfloat16 --distribution local)
-    limited tune "$PYTHON" -m benchmarks.tune --out "$out" --limit 58 "${args[@]}"
+    limited tune "$PYTHON" -m benchmarks.tune --out "$out" --limit 45 "${args[@]}"
 }
+
+knobs() { limited knobs "$PYTHON" -m benchmarks.knobs $dry --out "$out" --limit 38; }
 
 overhead() {
     # without a GPU nothing is interpreted there: launches are stubbed
-    TRITON_INTERPRET=0 limited overhead "$PYTHON" -m benchmarks.overhead --out "$out/overhead.csv" --limit 25
+    TRITON_INTERPRET=0 limited overhead "$PYTHON" -m benchmarks.overhead --out "$out/overhead.csv" --limit 20
 }
 
 end_to_end() {
@@ -153,7 +159,7 @@ profile() {
         echo "ncu: is not here"
         return 0
     fi
-    limited ncu "$PYTHON" -m benchmarks.ncu $dry --csv "$out/ncu.csv" --limit 38
+    limited ncu "$PYTHON" -m benchmarks.ncu $dry --csv "$out/ncu.csv" --limit 36
 }
 
 "$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, "cuda", torch.cuda.is_available())'

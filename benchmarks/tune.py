@@ -26,13 +26,13 @@ import torch
 
 from benchmarks import gate
 from benchmarks.bench_op import TIMERS, graph_ms
+from benchmarks.rehearsal import add_dry_run, device_of
 from benchmarks.run import DRY_WORKLOADS, DTYPES, GPU_WORKLOADS, environment
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, Inputs, make_inputs
 from msda_triton.call import Call
 from msda_triton.checks import fused_call, plain_call
 from msda_triton.kernels import launch, tuning
 from msda_triton.kernels import plan as plans
-from tests.interpreter import patch_the_language_once_a_launch
 
 CPU = torch.device("cpu")
 COLUMNS = ("workload", "distribution", "dtype", "provider", "direction", "kind", "config", "ms")
@@ -62,7 +62,9 @@ def launch_once(direction: str, call: Call, grad_out: torch.Tensor, run: launch.
         launch.backward(grad_out, call, needs, deterministic=False, run=run)
 
 
-def time_call(call: Call, grad_out: torch.Tensor, repeat_ms: float) -> Iterator[tuple[str, str, str, float]]:
+def time_call(
+    call: Call, grad_out: torch.Tensor, repeat_ms: float, named_plans: Callable = named_plans
+) -> Iterator[tuple[str, str, str, float]]:
     """(direction, kind of the call, configuration, ms) of every configuration of both directions.
 
     Infinite for what cannot run here, or is wrong. Calls of few rows are timed in a CUDA graph: there the host takes
@@ -146,7 +148,9 @@ def table_lines(rows: list[dict]) -> list[str]:
     ]
 
 
-def compile_part(part: int, parts: int, cases: list[tuple[str, str]], device: str) -> None:
+def compile_part(
+    part: int, parts: int, cases: list[tuple[str, str]], device: str, named_plans: Callable = named_plans
+) -> None:
     """Every parts-th kernel from the part-th on gets into Triton's cache."""
     number = 0
     for workload, dtype in cases:
@@ -176,16 +180,12 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=math.inf, help="s after which no new case starts (default: none)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--compile", type=_part, metavar="I/N", help="only compile every N-th kernel from the I-th on")
+    add_dry_run(parser)
+    parser.add_argument(
+        "--compile", type=part_of, metavar="I/N", help="only compile every N-th kernel from the I-th on"
+    )
     args = parser.parse_args()
-    if not (torch.cuda.is_available() or args.dry_run):
-        parser.error("expected a GPU, torch finds none")
-    if args.dry_run and not plans.INTERPRETED:
-        parser.error("--dry-run: expected TRITON_INTERPRET=1 in the environment, which runs kernels on the CPU")
-    if args.dry_run:
-        patch_the_language_once_a_launch()
-    device = "cpu" if args.dry_run else "cuda"
+    device = device_of(parser, args.dry_run)
     workloads = args.workload or (DRY_WORKLOADS if args.dry_run else GPU_WORKLOADS)
     if args.compile:
         compile_part(*args.compile, [(w, t) for w in workloads for t in args.dtype], device)
@@ -217,7 +217,7 @@ def main() -> None:
         print(f"wrote {args.python}")
 
 
-def _part(text: str) -> tuple[int, int]:
+def part_of(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text}")

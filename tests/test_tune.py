@@ -3,11 +3,12 @@
 import csv
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import gate, tune
+from benchmarks import gate, knobs, tune
 from benchmarks.workloads import WORKLOADS, make_inputs
 from msda_triton.kernels import launch
 from msda_triton.kernels import plan as plans
@@ -122,7 +123,7 @@ def test_the_program(runs, monkeypatch, tmp_path, capsys):
     arguments = ["--dry-run", "--workload", "dry_decoder", "--dtype", "float32", "--distribution", "local"]
     places = ["--out", str(tmp_path / "new"), "--python", str(tmp_path / "t.py")]
     monkeypatch.setattr(sys, "argv", ["tune", *arguments, *places])
-    monkeypatch.setattr(tune, "patch_the_language_once_a_launch", lambda: None)
+    monkeypatch.setattr(tune, "device_of", lambda parser, dry_run: "cpu")
     tune.main()
     with (tmp_path / "new/tune_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -138,7 +139,7 @@ def test_the_program(runs, monkeypatch, tmp_path, capsys):
     [
         (["--compile", "2/2"], "argument --compile: expected I/N with 0 <= I < N, got 2/2"),
         (["--compile", "a"], "argument --compile: expected I/N with 0 <= I < N, got a"),
-        ([], "expected a GPU, torch finds none"),
+        ([], "TRITON_INTERPRET: expected 0 or unset without --dry-run, got 1"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
@@ -147,3 +148,18 @@ def test_bad_arguments(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tune.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", plans.CONFIGS)
+def test_knobs_are_the_table_s_plan_and_its_neighbours(direction):
+    x = make_inputs(WORKLOADS["encoder"], "local", torch.bfloat16, "meta")
+    call = tune.calls_of(x)["triton"]
+    _, named = knobs.changed_plans(call, direction)
+    names = list(named)
+    assert names[0] == "table" and len(set(named.values())) == len(named) >= 10
+    table = named["table"]
+    assert named["warps 8"].warps == 8 and named["registers 96"].registers == 96
+    assert table == plans.default_plan(plans.kind_of(call, direction), "meta") or plans.INTERPRETED
+    if direction == "forward":
+        assert (table.PAIRS, named["pairs 0"].PAIRS) == (2, 0)
+        assert named["unroll 1"] == replace(table, UNROLL=1, PAIRS=1)
