@@ -35,13 +35,15 @@ COLUMNS = (
 
 
 def package_of(base: str, folder: Path) -> Path:
-    """The folder in which the `msda_triton` of base is.
+    """The folder, with the `msda_triton` of base and nothing else.
 
     Args:
-        base: a commit, or a folder that has the package, for machines without git. folder: for the commit's files.
+        base: a commit, or another folder that has the package, for machines without git.
     """
-    if (Path(base) / "msda_triton").is_dir():
-        return Path(base).resolve()
+    package = Path(base) / "msda_triton"
+    if package.is_dir():
+        shutil.copytree(package, folder / "msda_triton", ignore=shutil.ignore_patterns("__pycache__"))
+        return folder
     expected = f"expected a commit or a folder that has msda_triton, got {base!r}"
     if not shutil.which("git"):
         raise ValueError(f"{expected}; there is no git here")

@@ -32,7 +32,6 @@ import gc
 import importlib
 import os
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -63,8 +62,7 @@ Call = Callable[[], object]
 
 def package_at(commit: str, folder: Path, name: str) -> ModuleType:
     """The package of a commit, or of a folder that has it, as a module of another name beside this one's."""
-    source = against.package_of(commit, folder / "source")
-    shutil.copytree(source / "msda_triton", folder / name)
+    (against.package_of(commit, folder) / "msda_triton").rename(folder / name)
     for path in (folder / name).rglob("*.py"):
         path.write_text(re.sub(r"\bmsda_triton\b", name, path.read_text()))
     sys.path.insert(0, str(folder))

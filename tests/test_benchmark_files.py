@@ -179,7 +179,9 @@ def test_without_git(tmp_path, monkeypatch):
     assert run.environment("cpu")["commit"] == ""
     with pytest.raises(ValueError, match="got 'HEAD'; there is no git here"):
         against.package_of("HEAD", tmp_path)
-    assert against.package_of(str(against.ROOT), tmp_path) == against.ROOT
+    folder = against.package_of(str(against.ROOT), tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["msda_triton"]  # an older `benchmarks` must not be run
+    assert (folder / "msda_triton/op.py").read_bytes() == (against.ROOT / "msda_triton/op.py").read_bytes()
 
 
 def test_the_package_of_a_commit(tmp_path, monkeypatch):
