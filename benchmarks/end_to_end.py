@@ -15,8 +15,8 @@ RT-DETR then selects other queries. A patched model whose error exceeds its limi
 time. The unpatched model's error is only reported: in bfloat16 it rounds coordinates once more.
 
 Time. Blocks of calls between two synchronisations, TF32 as PyTorch has it by default, median over the blocks. Eager
-models take turns. Compiled ones come one after the other, as each must be compiled under its patch. `ratio` is the time
-patched over the time unpatched. `compile_s` is the first call. `peak_MiB` includes the weights. No case starts after
+models take turns. Compiled ones come one after the other, as each must be compiled under its patch. `ratio` is how many
+times faster the patched one is. `compile_s` is the first call. `peak_MiB` includes the weights. No case starts after
 --limit, but one that is compiled may run on for minutes. The exit code is 1 if a row is not ok.
 """
 
@@ -267,7 +267,7 @@ def measure(case: Case, device: str, effort: Effort) -> Iterator[dict]:
                 median = statistics.median(mine)
                 row |= {"seconds": f"{median:.4g}", "images_per_s": f"{case.batch / median:.4g}"}
                 if row["patched"] and unpatched:
-                    ratios = [a / b for a, b in zip(mine, unpatched, strict=True)]
+                    ratios = [b / a for a, b in zip(mine, unpatched, strict=True)]
                     row["ratio"] = round(statistics.median(ratios), 3)
             yield found | row
 
