@@ -250,7 +250,8 @@ def measure(case: Case, device: str, effort: Effort) -> Iterator[dict]:
         run = model if case.mode == "eager" else torch.compile(model, dynamic=False, backend=effort.compiler)
         call = functools.partial(run, pixel_values=images)
         rows, outputs = zip(*(first_calls(case, patched, call, reference, device) for patched in together), strict=True)
-        reference = outputs[0]
+        if all(x.isfinite().all() for x in outputs[0].values()):  # grid_sample in bfloat16 makes NaN on some CPUs
+            reference = outputs[0]
         times, calls = {row["patched"]: [] for row in rows if row["status"] == "ok"}, {}
         for i in range(effort.rounds + 1):
             for patched in times:
