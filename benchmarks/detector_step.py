@@ -202,11 +202,12 @@ def main() -> None:
     case = {"preset": config.name, "size": f"{size[0]}x{size[1]}"}
     rows = []
     if args.device == "cuda":
-        for dtype in AMP:
-            for backend in ("torch", "triton"):
+        for backend in ("triton", "torch"):
+            for dtype in AMP:
                 found = training_step(config, size, args.batch, backend, dtype, args.rounds or 10)
                 rows.append(case | {"batch": args.batch, "dtype": dtype, "backend": backend} | found)
                 print(rows[-1], flush=True)
+                write(args.out, rows, place)  # an early end loses little
     else:
         times = compare_times(config, size, args.rounds or 3)
         own = [sys.executable, "-m", "benchmarks.detector_step", "--device", "cpu", "--preset", args.preset]
@@ -220,12 +221,18 @@ def main() -> None:
             rows.append(case | {"model": name, "seconds": round(seconds, 3), "ratio": round(ratio, 3)})
             rows[-1] |= {"peak_MiB": round(memory[name]), "peak_ratio": round(share, 3)}
             print(f"{name:14}{seconds:8.2f} s {ratio:6.2f}x  {memory[name]:8.0f} MiB {share:6.2f}x", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *place])
-            writer.writeheader()
-            writer.writerows(row | place for row in rows)
+        write(args.out, rows, place)
+
+
+def write(path: Path | None, rows: list[dict], place: dict) -> None:
+    """The rows as CSV, if there is a path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *place], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | place for row in rows)
 
 
 if __name__ == "__main__":

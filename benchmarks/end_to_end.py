@@ -33,7 +33,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +69,9 @@ MODELS = {
 }
 
 
+MODES = ("eager", "compiled")
+
+
 class Case(NamedTuple):
     model: str
     batch: int
@@ -83,15 +86,17 @@ class Effort(NamedTuple):
     compiler: str  # of torch.compile
 
 
-FULL, DRY = Effort(False, 5, 0.4, "inductor"), Effort(True, 1, 0.0, "aot_eager")  # inductor takes a CPU minutes
+FULL, DRY = Effort(False, 5, 0.2, "inductor"), Effort(True, 1, 0.0, "aot_eager")  # inductor takes a CPU minutes
 
 
-def cases(effort: Effort) -> list[Case]:
+def cases(effort: Effort, models: Sequence[str], modes: Sequence[str]) -> list[Case]:
     """The most informative first, and those that must be compiled last."""
-    batches, dtypes = (2,) if effort.tiny else (1, 8), ("float32", "bfloat16")
-    eager = [Case(*case, "eager") for case in itertools.product(MODELS, batches, dtypes)]
-    compiled = [Case(name, batch, dtype, "compiled") for batch in batches for name in MODELS for dtype in dtypes]
-    return eager + compiled[: 1 if effort.tiny else None]
+    sizes = [(1, "float32"), (8, "bfloat16"), (1, "bfloat16"), (8, "float32")]
+    if effort.tiny:
+        sizes = [(2, "float32"), (2, "bfloat16")]
+    eager = [Case(name, *size, "eager") for size in sizes for name in models]
+    compiled = [Case(name, *size, "compiled") for size in sizes for name in models]
+    return [case for case in eager + compiled[: 1 if effort.tiny else None] if case.mode in modes]
 
 
 @functools.cache
@@ -298,6 +303,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="a row is written once it is known")
     parser.add_argument("--limit", default="480", metavar="SECONDS", help="after which no case starts (%(default)s)")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="(default: both)")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on a CPU; times mean nothing")
     args = parser.parse_args()
     try:
@@ -321,7 +328,7 @@ def main() -> None:
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*FIELDS, *place])
         writer.writeheader()
-        for case in cases(effort):
+        for case in cases(effort, args.model, args.mode):
             if time.monotonic() > end:
                 print(f"--limit of {limit:g} s reached: {' '.join(map(str, case))} and what follows are left out")
                 break

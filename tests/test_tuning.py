@@ -284,6 +284,7 @@ def test_on_a_gpu(monkeypatch, tmp_path, device):
     captured()
     assert len(timed) == number
     tuning._fastest.clear()
+    launch._launches.clear()
     for file in user_cache.folder().iterdir():
         file.unlink()
     compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
