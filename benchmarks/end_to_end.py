@@ -27,7 +27,6 @@ import csv
 import functools
 import gc
 import importlib
-import itertools
 import math
 import os
 import statistics
@@ -328,6 +327,7 @@ def main() -> None:
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*FIELDS, *place])
         writer.writeheader()
+        file.flush()
         for case in cases(effort, args.model, args.mode):
             if time.monotonic() > end:
                 print(f"--limit of {limit:g} s reached: {' '.join(map(str, case))} and what follows are left out")

@@ -14,6 +14,7 @@ from msda_triton import constants
 from msda_triton.call import Call
 from msda_triton.checks import plain_call
 from msda_triton.kernels import launch
+from msda_triton.kernels import plan as plans
 from msda_triton.kernels.backward import _msda_bwd_kernel
 from msda_triton.kernels.forward import _msda_fwd_kernel
 from msda_triton.kernels.plan import CONFIGS
@@ -100,7 +101,8 @@ def edges(fake) -> None:
                     tiles = sum(-(-h // (rows // W)) * -(-w // W) for h, w in image)
                 else:
                     tiles = -(-value.shape[1] // rows)
-                assert (W == 0) == (name == "runs"), name
+                config = name or plans.choose(plans.kind_of(call, direction), plans.architecture(value.device))
+                assert (W == 0) == (configs[config].width == 0), config
                 assert made.grid == (tiles, M, B), (name, image)
 
 

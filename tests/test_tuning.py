@@ -516,4 +516,16 @@ AGREE = [
 
 @pytest.mark.parametrize(("dtype", "want", "got", "same"), AGREE)
 def test_what_agrees(dtype, want, got, same):
-    assert tuning.agree(torch.tensor(got, dtype=dtype), torch.tensor(want, dtype=dtype)) == same
+    for name in (*tuning.WRITTEN, tuning.SUMS):
+        assert tuning.agree(name, torch.tensor(got, dtype=dtype), torch.tensor(want, dtype=dtype)) == same
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("grad_loc_ptr", 3), ("grad_ref_ptr", 3), ("out_ptr", 0), (tuning.SUMS, 0)]
+)
+def test_gradients_of_locations_may_jump_in_a_few_places(name, others):
+    want = torch.rand(30_000)
+    for number in (others, others + 1):
+        got = want.clone()
+        got[:number] += 1
+        assert tuning.agree(name, got, want) == (number == others)

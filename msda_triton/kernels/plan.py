@@ -198,10 +198,10 @@ def plan_of(config: Config, kind: Kind) -> Plan:
 # worth on an H100 is in benchmarks/NOTES.md.
 CONFIGS = {
     "forward": {
-        "many": Config(tile=1024, lane=8, unroll=4, width=8, warps=4, rotate=True, turn=True, registers=80),
+        "many": Config(tile=512, lane=4, unroll=1, width=0, warps=4, vec=4, turn=True, registers=64),
         "runs": Config(tile=1024, lane=8, unroll=4, width=0, warps=4, rotate=True, turn=True, registers=80),
-        "one warp": Config(tile=256, lane=8, unroll=4, width=4, warps=1, rotate=True, turn=True),
-        "lanes of 4": Config(tile=512, lane=4, unroll=4, width=4, warps=4, vec=4),
+        "one warp": Config(tile=256, lane=8, unroll=1, width=0, warps=1, rotate=True, turn=True),
+        "rectangles": Config(tile=1024, lane=8, unroll=4, width=8, warps=4, rotate=True, turn=True, registers=80),
         "lanes of 16": Config(tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True),
         "lanes of 16, 128 registers": Config(
             tile=1024, lane=16, unroll=4, width=8, warps=2, rotate=True, registers=128
@@ -212,7 +212,7 @@ CONFIGS = {
     },
     "backward": {
         "many": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4),
-        "128 registers": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4, registers=128),
+        "80 registers": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4, registers=80),
         "lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, vec=4),
         "lanes of 16": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4),
         "all registers": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4, registers=255),
@@ -246,7 +246,7 @@ TABLE = {
     },
     ("backward", "large"): {
         "": "large",
-        "sm": "128 registers",
+        "sm": "80 registers",
         "sm_75": "all registers",
         "sm_80": "all registers",
         "sm_86": "all registers",
@@ -256,7 +256,7 @@ TABLE = {
 # what `set_autotune(True)` times besides
 TIMED = {
     "forward": (
-        "many", "runs", "one warp", "lanes of 4", "lanes of 16", "lanes of 16, 128 registers", "not rotated", "few",
+        "many", "runs", "one warp", "rectangles", "lanes of 16", "lanes of 16, 128 registers", "not rotated", "few",
     ),
     "backward": ("many", "lanes of 8", "lanes of 16", "eight channels", "large"),
 }  # fmt: skip

@@ -32,6 +32,9 @@ CANNOT_RUN = (
 
 SUMS = "grad_value_ptr"  # what a kernel adds to
 WRITTEN = ("out_ptr", "grad_loc_ptr", "grad_attn_ptr", "grad_ref_ptr")  # what it overwrites
+# These jump where a sample lies at a pixel's centre, on the one side of which a plan's rounding may see it, and another
+# plan's not: 7 of 11 million numbers on an H100. So this part of them may differ.
+JUMPING, _JUMPS = ("grad_loc_ptr", "grad_ref_ptr"), 1e-4
 # of the arguments, what a class of calls is made of besides its `Kind`
 _CONSTANTS = ("M", "L", "K", "REF_DIM", "REF_L", "STRIDE_VS")
 
@@ -104,7 +107,7 @@ def measure(candidates: Sequence[Plan], start: Start, arguments: dict, ms_of: Ca
             continue
         if wanted is None:
             wanted = {name: result.clone() for name, result in results.items()}
-        wrong = [name.removesuffix("_ptr") for name in results if not agree(results[name], wanted[name])]
+        wrong = [name.removesuffix("_ptr") for name in results if not agree(name, results[name], wanted[name])]
         if wrong:
             warnings.warn(f"set_autotune: {plan} gives another {', '.join(wrong)}: not taken", stacklevel=2)
             continue
@@ -118,7 +121,7 @@ def measure(candidates: Sequence[Plan], start: Start, arguments: dict, ms_of: Ca
     return ms
 
 
-def agree(got: Tensor, want: Tensor) -> bool:
+def agree(name: str, got: Tensor, want: Tensor) -> bool:
     """Whether two plans' results are the same but for the order of their sums, which are float32 at least."""
     if not got.numel():
         return True
@@ -126,7 +129,8 @@ def agree(got: Tensor, want: Tensor) -> bool:
     largest = torch.where(want.isfinite(), want, 0).abs().max().item()
     # a result may be off by a rounding of its dtype, and by what cancels out in a sum of some hundred terms
     limits = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1024 * torch.finfo(acc).eps * largest}
-    return torch.allclose(got.to(acc), want.to(acc), equal_nan=True, **limits)
+    same = torch.isclose(got.to(acc), want.to(acc), equal_nan=True, **limits)
+    return same.numel() - same.sum().item() <= (_JUMPS * same.numel() if name in JUMPING else 0)
 
 
 def key_of(kernel, kind: Kind, arguments: dict) -> dict:
