@@ -176,7 +176,7 @@ def test_rows_of_the_table(kind, name):
 
 def test_an_architecture_its_vendor_or_any():
     large = ENCODER._replace(direction="backward", fused=True)
-    assert choose(large, "sm_103") == TABLE["backward", "large"]["sm"] == "80 registers"
+    assert choose(large, "sm_103") == TABLE["backward", "large"]["sm"] == "128 registers"
     assert choose(large, "sm_86") == TABLE["backward", "large"]["sm_86"] == "all registers"
     assert choose(large, "gfx942") == choose(large, "xpu") == TABLE["backward", "large"][""] == "large"
     assert choose(ENCODER, "gfx1100") == TABLE["forward", "half"]["gfx1100"] == "large"
