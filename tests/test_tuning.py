@@ -1,114 +1,26 @@
-"""`set_autotune`: which plan wins, what a wrong one does, and what is kept for the next process.
+"""`set_autotune`: which plan wins, what a wrong one does, where nothing is timed. `test_tuning_kept.py` has the rest.
 
-A stand-in for the kernels writes and adds what the oracle says, and one for `do_bench` says how long a plan takes. Only
-`test_through_autograd` interprets kernels.
+Only `test_through_autograd` interprets kernels.
 """
 
 import json
 import math
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 from attention import oracle, oracle_gradients
+from tuned import ALL, BOTH, LEVELS, NAMES, assert_right, call_of, candidates, go, start, tensors, wanted
 
 from msda_triton import ms_deform_attn, set_autotune, user_cache
-from msda_triton.checks import fused_call, plain_call
+from msda_triton.checks import fused_call
 from msda_triton.kernels import launch, tuning
 from msda_triton.kernels import plan as plans
-
-ROOT = Path(__file__).parent.parent
-LEVELS = [(3, 4), (2, 2)]
-ALL = [True, True, True, False]
-NAMES = {"forward": ("out_ptr",), "backward": ("grad_value_ptr", "grad_loc_ptr", "grad_attn_ptr")}
-
-
-class Clock:
-    """The runs of plans, and the milliseconds that each is said to take."""
-
-    def __init__(self):
-        self.ms, self.timed, self.runs = {}, [], []
-        self.spoil = None  # (plan, what it does to the arguments after its run)
-        self.results = {}  # by argument
-
-    def run(self, kernel, call, arguments, plan):
-        sums = arguments.get("grad_value_ptr")
-        self.runs.append((plan, None if sums is None else bool((sums == 0).all())))
-        for name, result in self.results.items():
-            arguments[name].add_(result) if name == tuning.SUMS else arguments[name].copy_(result)
-        if self.spoil is not None and self.spoil[0] == plan:
-            self.spoil[1](arguments)
-
-    def time(self, call):
-        for _ in range(3):
-            call()
-        plan = self.runs[-1][0]
-        self.timed.append(plan)
-        return self.ms.get(plan, 5.0)
 
 
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
-    """Autotuning on, with a cache of its own; calls count as large ones."""
-    clock = Clock()
-    monkeypatch.setattr(plans, "INTERPRETED", False)
-    monkeypatch.setattr(plans, "_FEW_ROWS", 0)
-    monkeypatch.setattr(user_cache, "folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(tuning, "timing", clock.time)
-    monkeypatch.setattr(tuning, "_fastest", {})
-    monkeypatch.setattr(launch, "_launches", {})
-    plans.choose.cache_clear()
-    return clock
-
-
-def tensors(B=1, M=2, Q=16, D=32, P=2, dtype=torch.float32):
-    """value, locations, weights, grad_out."""
-    rng = torch.Generator().manual_seed(0)
-    L, S = len(LEVELS), sum(h * w for h, w in LEVELS)
-    value = torch.randn(B, S, M, D, generator=rng).to(dtype)
-    locations = torch.rand(B, Q, M, L, P, 2, generator=rng) * 1.2 - 0.1
-    weights = torch.rand(B, Q, M, L, P, generator=rng).to(dtype)
-    return value, locations, weights, torch.randn(B, Q, M * D, generator=rng).to(dtype)
-
-
-def call_of(**sizes):
-    value, locations, weights, grad_out = tensors(**sizes)
-    return plain_call(value, LEVELS, locations, weights), grad_out
-
-
-def go(direction, clock, **sizes):
-    """A call of one direction: its results."""
-    call, grad_out = call_of(**sizes)
-    clock.results = dict(zip(NAMES[direction], wanted(direction, **sizes), strict=True))
-    if direction == "forward":
-        return (launch.forward(call, run=clock.run),)
-    return launch.backward(grad_out, call, ALL, run=clock.run)[:3]
-
-
-def candidates(direction, **sizes):
-    call, _ = call_of(**sizes)
-    return plans.timed_plans(plans.kind_of(call, direction), "cpu")
-
-
-def wanted(direction, **sizes):
-    value, locations, weights, grad_out = tensors(**sizes)
-    inputs = [x.requires_grad_() for x in (value, locations, weights)]
-    out, *grads = oracle_gradients(lambda v, x, a: oracle(v, LEVELS, x, a), inputs, grad_out)
-    return (out,) if direction == "forward" else grads
-
-
-def assert_right(direction, got, dtype=torch.float32, **sizes):
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for x, y in zip(got, wanted(direction, dtype=dtype, **sizes), strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance * y.abs().max().item())
-
-
-BOTH = pytest.mark.parametrize("direction", ["forward", "backward"])
+    return start(monkeypatch, tmp_path)
 
 
 @BOTH
@@ -291,126 +203,6 @@ def test_on_a_gpu(monkeypatch, tmp_path, device):
     for _ in range(4):
         check([compiled(*fixed)])
     assert len(timed) > number
-
-
-# what is kept
-
-
-def another_process(clock):
-    """What this one has in its memory is gone."""
-    tuning._fastest.clear()
-    clock.runs.clear()
-    clock.timed.clear()
-
-
-@BOTH
-def test_another_process_finds_the_winner(direction, clock):
-    winner = candidates(direction)[2]
-    clock.ms = {winner: 1.0}
-    go(direction, clock)
-    (file,) = user_cache.folder().iterdir()
-    assert file.stat().st_mode & 0o777 == 0o600 and user_cache.folder().stat().st_mode & 0o777 == 0o700
-    another_process(clock)
-    assert_right(direction, go(direction, clock))
-    assert clock.timed == [] and [plan for plan, _ in clock.runs] == [winner]
-
-
-KEY = {
-    "the dtype": lambda m: {"dtype": torch.float16},
-    "the heads": lambda m: {"M": 4},
-    "the channels": lambda m: {"D": 16},
-    "the points": lambda m: {"P": 4},
-    "the GPU": lambda m: m.setattr(tuning, "_device_name", lambda device: "another GPU") or {},
-    "PyTorch": lambda m: m.setattr(torch, "__version__", "2.99") or {},
-    "Triton": lambda m: m.setattr(tuning.triton, "__version__", "3.99") or {},
-    "this package": lambda m: m.setattr(tuning, "__version__", "9.9") or {},
-    "the kernel's source": lambda m: m.setattr(launch._msda_fwd_kernel, "cache_key", "other", raising=False) or {},
-    "queries that are no pixels": lambda m: {"Q": 9},
-}
-
-
-@pytest.mark.parametrize("what", KEY)
-def test_what_a_winner_is_good_for(what, clock, monkeypatch):
-    go("forward", clock)
-    another_process(clock)
-    go("forward", clock, **KEY[what](monkeypatch))
-    assert len(clock.timed) >= 3 and len(list(user_cache.folder().iterdir())) == 2
-
-
-def test_image_and_batch_size_are_not_in_the_key(clock, monkeypatch):
-    go("forward", clock)
-    monkeypatch.setattr("test_tuning.LEVELS", [(5, 7), (2, 3)])
-    clock.timed.clear()
-    go("forward", clock, Q=41)
-    go("forward", clock, Q=41, B=3)
-    assert clock.timed == []
-
-
-DAMAGED = {
-    "empty": lambda text: "",
-    "half": lambda text: text[: len(text) // 2],
-    "no json": lambda text: "plan",
-    "a list": lambda text: "[]",
-    "no plan": lambda text: text.replace('"plan"', '"plans"'),
-    "an unknown field": lambda text: text.replace('"BLOCK_Q"', '"BLOCK"'),
-    "of another call": lambda text: text.replace('"M": 2', '"M": 3'),
-    "no text": lambda text: "\udcff\udcfe",
-}
-
-
-@pytest.mark.parametrize("how", DAMAGED)
-def test_a_damaged_file_is_one_line(how, clock):
-    go("forward", clock)
-    (file,) = user_cache.folder().iterdir()
-    good = file.read_text()
-    file.write_text(DAMAGED[how](good), errors="surrogateescape")
-    another_process(clock)
-    with pytest.warns(UserWarning) as caught:
-        assert_right("forward", go("forward", clock))
-    assert [str(w.message) for w in caught] == [f"set_autotune: {file} is damaged, and ignored"]
-    assert clock.timed == candidates("forward") and file.read_text() == good
-
-
-def test_a_plan_that_is_no_candidate_any_more_is_timed_again(clock):
-    go("forward", clock)
-    (file,) = user_cache.folder().iterdir()
-    file.write_text(file.read_text().replace('"warps": ', '"warps": 3'))
-    another_process(clock)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        go("forward", clock)
-    assert clock.timed == candidates("forward")
-
-
-PROCESS = """
-import sys
-import test_tuning as t
-from msda_triton.kernels import launch, plan, tuning
-
-plan.INTERPRETED, plan._FEW_ROWS = False, 0
-clock = t.Clock()
-tuning.timing = clock.time
-winner = t.candidates("forward")[int(sys.argv[1])]
-clock.ms = {winner: 1.0}
-got = t.go("forward", clock)
-t.assert_right("forward", got)
-print(len(clock.timed), clock.runs[-1][0] == winner)
-"""
-
-
-def test_two_processes_at_once_share_a_cache(clock, monkeypatch, tmp_path):
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "tests", "XDG_CACHE_HOME": tmp_path}
-    options = {"env": os.environ | environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    both = [subprocess.Popen([sys.executable, "-c", PROCESS, "2"], text=True, **options) for _ in range(2)]
-    number = len(candidates("forward"))
-    for process in both:
-        # the one that comes second may find what the first one has left
-        assert process.communicate(timeout=200)[0] in (f"{number} True\n", "0 True\n")
-    monkeypatch.setattr(user_cache, "folder", lambda: tmp_path / "msda_triton")
-    (file,) = user_cache.folder().iterdir()
-    assert json.loads(file.read_text())["key"]["M"] == 2
-    go("forward", clock)  # a third one
-    assert clock.timed == [] and clock.runs[-1][0] == candidates("forward")[2]
 
 
 # where nothing is timed
