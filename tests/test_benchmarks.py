@@ -1,5 +1,7 @@
 """The benchmark harness: its inputs, its gate, what it times and its arithmetic. Nothing here asserts a time."""
 
+import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -252,9 +254,45 @@ def test_bound_of_the_decoder_is_memory():
     assert bench_op.bound_ms(x, "H100", 132) == pytest.approx(expected_bytes / 3350e9 * 1e3)
 
 
-def test_on_gpu_script_refuses_unknown_arguments():
-    done = subprocess.run(["bash", ROOT / "benchmarks/on_gpu.sh", "--fast"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "usage: benchmarks/on_gpu.sh [--dry-run]\n"
+STAGES = "correct bench tune knobs overhead end_to_end detector hardware profile"
+
+
+@pytest.mark.parametrize("arguments", [["--fast"], ["bench", "--dry-run"], ["--dry-run", "speed"]])
+def test_on_gpu_script_refuses_unknown_arguments(arguments):
+    done = subprocess.run(["bash", ROOT / "benchmarks/on_gpu.sh", *arguments], capture_output=True, text=True)
+    usage = "usage: benchmarks/on_gpu.sh [--dry-run] [STAGE...]"
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"{usage}; expected stages of {STAGES}, got {arguments[-1]}\n"
+
+
+def test_on_gpu_script_fits_into_nine_minutes():
+    """The limits of its stages, which README repeats, and what the programs are told."""
+    script = (ROOT / "benchmarks/on_gpu.sh").read_text()
+    limits = {name: int(s) for name, s in re.findall(r"\[(\w+)\]=(\d+)", script)}
+    total = re.search(r"^total=(\d+)$", script, re.M)[1]
+    assert list(limits) == STAGES.split() and sum(limits.values()) == 540 == int(total)
+    table = re.findall(r"^\| (\w+) \| (\d+) \|", (ROOT / "benchmarks/README.md").read_text(), re.M)
+    assert {name: int(s) for name, s in table} == limits
+
+
+def test_on_gpu_script_keeps_what_a_stage_left_when_another_fails(tmp_path):
+    """With a Python that only says what it was asked for, and fails for one."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *knobs*) exit 3;; *-c*) exit 1;; esac\necho "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    command = ["bash", ROOT / "benchmarks/on_gpu.sh", "profile", "knobs", "tune", "overhead"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("===", "---", "-m", "all"))]
+    out = tmp_path / "out"
+    assert [line.split(",")[0].split(" after")[0] for line in lines] == [
+        "=== tune", f"-m benchmarks.tune --out {out} --limit 38 --workload encoder decoder --repeat 10",
+        "--- tune: exit 0", "=== knobs", "--- knobs: exit 3",
+        "=== overhead", f"-m benchmarks.overhead --out {out}/overhead.csv --limit 16",
+        "--- overhead: exit 0", "=== profile", "all: 0 s",
+    ]  # fmt: skip
+    assert done.returncode == 1 and "something failed" in done.stdout
+    assert (out / "log.txt").read_text() == done.stdout
 
 
 def test_the_cost_of_every_stand_in_is_counted():

@@ -40,7 +40,7 @@ NVIDIA = [target for target in BUDGET_TARGETS if target.startswith("sm_")]
 BUDGETS = {
     ("forward", "bf16", "runs"): 258.6,
     ("forward", "fp16", "runs"): 258.8,
-    ("forward", "fp32", "many"): 241.0,
+    ("forward", "fp32", "many"): 353.2,
     ("forward", "bf16", "lanes of 16"): 211.7,
     ("forward", "fp16", "lanes of 16"): 213.6,
     ("forward", "fp32", "lanes of 16"): 183.2,
@@ -269,7 +269,7 @@ def test_kernels_are_written_for_the_oldest_triton(path):
     kernels = ast.parse(path.read_text()).body
     kernels = [node for node in kernels if isinstance(node, ast.FunctionDef)]
     kernels = [kernel for kernel in kernels if any("triton.jit" in ast.unparse(d) for d in kernel.decorator_list)]
-    assert bool(kernels) == (path.stem not in ("__init__", "plan", "launch"))
+    assert bool(kernels) == (path.stem not in ("__init__", "plan", "tuning", "launch"))
     nodes = [node for kernel in kernels for node in ast.walk(kernel)]
     assert not [n.lineno for n in nodes if isinstance(n, ast.Name) and n.id in ("min", "max")]
     assert not [n.lineno for n in nodes if isinstance(n, ast.BoolOp) and len(n.values) > 2]

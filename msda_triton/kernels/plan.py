@@ -212,7 +212,6 @@ CONFIGS = {
     },
     "backward": {
         "many": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4),
-        "80 registers": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4, registers=80),
         "128 registers": Config(tile=512, lane=4, unroll=1, width=4, warps=4, vec=4, registers=128),
         "lanes of 8": Config(tile=256, lane=8, unroll=1, width=4, warps=1, vec=4),
         "lanes of 16": Config(tile=1024, lane=16, unroll=1, width=8, warps=2, vec=4),
@@ -248,7 +247,6 @@ TABLE = {
     ("backward", "large"): {
         "": "large",
         "sm": "128 registers",
-        "sm_90": "80 registers",
         "sm_75": "all registers",
         "sm_80": "all registers",
         "sm_86": "all registers",
