@@ -128,7 +128,9 @@ def _compare_case(sides: list[Side], request: tuple) -> Iterator[dict]:
         timed = all(row and row["mode"] for row in first)
         turns = [first]
         if timed:
-            turns += [[side.next_row() for side in sides] for _ in range(TURNS - 1)]
+            for n in range(1, TURNS):  # who comes first changes
+                found = {side: side.next_row() for side in sides[:: -1 if n % 2 else 1]}
+                turns.append([found[side] for side in sides])
         reasons = {}
         for turn in turns:
             for label, side, row in zip(("base", "now"), sides, turn, strict=True):

@@ -1,6 +1,6 @@
 """A page of bars from the CSVs of `benchmarks.run`: a picture, and a table of the same lines.
 
-    python -m benchmarks.bars benchmarks/results/h100/4_bench.csv --out benchmarks/results/h100/
+    python -m benchmarks.bars benchmarks/results/h100/5_bench.csv --out benchmarks/results/h100/
     python -m benchmarks.bars A.csv B.csv --out FOLDER    # of two measurements of the same the later file's counts
 
 Writes `bars.png` and `bars.md`. Both show local locations only. A bar is one time of a provider: of a CUDA graph where
@@ -28,6 +28,14 @@ COLOURS = {
     "DCNv4": "#5B2A86",
 }
 NAMES = {"torch": "torch (grid_sample)"}
+LEGEND = """\
+- `torch`: `grid_sample` for each level; `fallback`: this package's PyTorch code; `triton`: `ms_deform_attn`;
+  `triton_tensors`: the same with sizes that only the device knows; `triton_fused`: softmax and locations inside;
+  `triton_unfused`: the same work in steps; the others are packages.
+- `events`: device time of a call, cold L2 cache, with what the host takes longer; `graph`: of a CUDA graph's replay,
+  warm cache; `wall`: the host's clock over eager calls. Small calls have all three.
+- An empty cell was not measured: not every provider can be captured in a graph, and a run may have reached its limit.
+"""
 MODES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward and backward"}
 _BAR = 0.17  # inches
 
@@ -99,17 +107,23 @@ def main() -> None:
     parser.add_argument("csv", nargs="+", type=Path, help="of benchmarks.run")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
-    try:
-        lines = [line for line in read(args.csv) if line["distribution"] == "local"]
-    except (OSError, KeyError) as error:
-        parser.error(f"csv: expected CSVs of benchmarks.run, got {error!r}")
+    for path in args.csv:
+        try:
+            read([path])
+        except KeyError as error:
+            parser.error(f"csv: expected a CSV of benchmarks.run, got {path}, which has no column {error}")
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"csv: expected a CSV of benchmarks.run, got {path}: {error}")
+    lines = [line for line in read(args.csv) if line["distribution"] == "local"]
     if not chosen(lines):
         parser.error("csv: expected a time with local locations, got none")
     args.out.mkdir(parents=True, exist_ok=True)
     draw(lines).savefig(args.out / "bars.png")
     source = ", ".join(path.name for path in args.csv)
-    page = f"Drawn from {source} by `python -m benchmarks.bars`.\n\n![bars of the times below](bars.png)\n\n"
-    (args.out / "bars.md").write_text(page + markdown(lines))
+    page = (
+        f"Drawn from {source} by `python -m benchmarks.bars`; local locations.\n\n![bars of the times below](bars.png)"
+    )
+    (args.out / "bars.md").write_text(f"{page}\n\n{LEGEND}\n{markdown(lines)}")
     print(f"wrote bars.png and bars.md to {args.out}")
 
 

@@ -192,6 +192,8 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=("transformers", *BACKENDS), help=argparse.SUPPRESS)
     args = parser.parse_args()
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cpu, as torch finds no GPU; got cuda")
     config = preset(args.preset)
     size = tuple(args.size or ((480, 640) if args.device == "cpu" else (800, 1333)))
     if args.memory_of:

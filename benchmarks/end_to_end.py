@@ -313,7 +313,7 @@ def main() -> None:
     if args.out.suffix != ".csv" or args.out.is_dir():
         parser.error(f"--out: expected a file that ends in .csv, got {str(args.out)!r}")
     if not args.dry_run and not torch.cuda.is_available():
-        parser.error("--dry-run: expected where there is no GPU, got none")
+        parser.error("expected a GPU, or --dry-run; torch finds none")
 
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     end = time.monotonic() + limit

@@ -76,11 +76,13 @@ __global__ void red_kernel(char *base, int rows, int pitch, int lanes, int gap, 
     seed = seed * 1664525u + 1013904223u;
     char *p = mine + (size_t)((seed >> 9) & (rows - 1)) * pitch;
     float x = 1.0f;
+    if (KIND == 2) RED("f32", "%1", "f"(x));
+#if __CUDA_ARCH__ >= 900
     if (KIND == 0) RED("v4.f32", "{%1,%1,%1,%1}", "f"(x));
     if (KIND == 1) RED("v2.f32", "{%1,%1}", "f"(x));
-    if (KIND == 2) RED("f32", "%1", "f"(x));
     if (KIND == 3) RED("noftz.v4.bf16x2", "{%1,%1,%1,%1}", "r"(0x3f803f80));
     if (KIND == 4) RED("noftz.bf16x2", "%1", "r"(0x3f803f80));
+#endif
   }
 }
 
@@ -148,6 +150,7 @@ int main() {
   loads("L2 16 rows x 32B pitch 512", false, true, 1 << 15, 512, 2, 64, 0);
   auto reds = [&](const char *name, int kind, int rows, int pitch, int lanes, int gap, int piece) {
     const int iters = 128, threads = 256, blocks = sms * 8;
+    if (kind != 2 && prop.major < 9) return;  // only single floats before sm_90
     void (*kernels[])(char *, int, int, int, int, int) = {red_kernel<0>, red_kernel<1>, red_kernel<2>, red_kernel<3>,
                                                           red_kernel<4>};
     float ms = 0;

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import gate
 from benchmarks.bench_op import TIMERS
-from benchmarks.rehearsal import add_dry_run, device_of
+from benchmarks.rehearsal import add_dry_run, device_of, make_folder
 from benchmarks.run import environment
 from benchmarks.workloads import WORKLOADS, make_inputs
 from msda_triton import kernels
@@ -95,7 +95,7 @@ def time_variants(device: str, folder: Path, repeat_ms: float) -> Iterator[dict]
 
 def write_variants(path: Path, device: str, repeat_ms: float, end: float) -> bool:
     """Write each row when it is known, until the time is `end`; whether all are there and have a time."""
-    place, complete = environment(device), True
+    place, good, left = environment(device), True, 2 * len(DTYPES) * len(PATCHES)
     with path.open("w", newline="") as file, tempfile.TemporaryDirectory() as folder:
         writer = csv.DictWriter(file, [*COLUMNS, *place], lineterminator="\n")
         writer.writeheader()
@@ -103,11 +103,11 @@ def write_variants(path: Path, device: str, repeat_ms: float, end: float) -> boo
             writer.writerow(row | place)
             file.flush()
             print(*row.values(), flush=True)
-            complete = complete and row["status"] == "ok"
-            if time.monotonic() > end:
+            good, left = good and row["status"] == "ok", left - 1
+            if left and time.monotonic() > end:
                 print("the time is up: what follows is left out")
                 return False
-    return complete
+    return good
 
 
 def write_micro(path: Path, run: bool, seconds: float) -> bool:
@@ -116,12 +116,13 @@ def write_micro(path: Path, run: bool, seconds: float) -> bool:
     if nvcc is None:
         print("micro: expected nvcc on the PATH or in CUDA_HOME/bin, got none")
         return False
-    target = plans.architecture(torch.device("cuda")) if run else "sm_90"
+    targets = [plans.architecture(torch.device("cuda"))] if run else ["sm_80", "sm_90"]
     try:
         with tempfile.TemporaryDirectory() as folder:
             program = f"{folder}/micro"
-            compiling = [nvcc, "-O3", "-std=c++17", f"-arch={target}", "-cudart", "static", "-o", program, SOURCE]
-            subprocess.run(compiling, check=True, timeout=seconds)
+            for target in targets:
+                compiling = [nvcc, "-O3", "-std=c++17", f"-arch={target}", "-cudart", "static", "-o", program, SOURCE]
+                subprocess.run(compiling, check=True, timeout=seconds)
             if run:
                 with path.open("w") as file:
                     subprocess.run([program], stdout=file, check=True, timeout=seconds)
@@ -139,7 +140,7 @@ def main() -> int:
     add_dry_run(parser)
     args = parser.parse_args()
     end, device = time.monotonic() + args.limit, device_of(parser, args.dry_run)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parser, args.out)
     micro = write_micro(args.out / "micro.csv", not args.dry_run, args.limit / 3)
     variants = write_variants(args.out / "variants.csv", device, 1 if args.dry_run else 100, end)
     return 0 if micro and variants else 1

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import gate, tune
-from benchmarks.rehearsal import add_dry_run, device_of
+from benchmarks.rehearsal import add_dry_run, device_of, make_folder
 from benchmarks.run import DTYPES, environment
 from benchmarks.workloads import WORKLOADS, make_inputs
 from msda_triton.call import Call
@@ -69,7 +69,7 @@ def main() -> None:
     if args.compile:
         tune.compile_part(*args.compile, cases, device, changed_plans)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parser, args.out)
     place, end, found = environment(device), time.monotonic() + args.limit, defaultdict(list)
     with (args.out / "knobs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *place], lineterminator="\n")

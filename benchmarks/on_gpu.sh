@@ -5,9 +5,10 @@
 #   benchmarks/on_gpu.sh bench tune         these stages only, in the script's order
 #   benchmarks/on_gpu.sh --dry-run [STAGE]  the same lines on a CPU: tiny shapes, kernels interpreted, times mean nothing
 #
-# A stage has a limit in seconds; none begins after the 540th, and what one leaves is kept if a later one fails. Needs
-# Python (PYTHON names it) with torch, triton, torchvision, transformers, timm, scipy, pytest, pytest-xdist, hypothesis
-# and matplotlib; nvcc, ncu and compute-sanitizer are used if they are there. MSDA_COMMIT names the commit where there is no git. Exits with 1 if a stage failed.
+# A stage has a limit in seconds; none begins after the 540th, and what one leaves is kept if a later one fails. Exits
+# with 1 if one failed. Needs Python (PYTHON names it) with torch, triton, torchvision, transformers, scipy, pytest,
+# pytest-xdist, hypothesis and matplotlib; nvcc, ncu and compute-sanitizer are used if they are there. MSDA_COMMIT names
+# the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +23,10 @@ if [[ ${1:-} == --dry-run ]]; then
     dry=--dry-run slower=3 # a CPU with two cores
     shift
 fi
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 for stage in "$@"; do
     if [[ -z ${limits[$stage]:-} ]]; then
         echo "usage: benchmarks/on_gpu.sh [--dry-run] [STAGE...]; expected stages of ${order[*]}, got $stage" >&2
@@ -34,7 +39,21 @@ if [[ -z ${PYTHON:-} ]]; then
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
 out=${OUT:-benchmarks/results/gpu}
-mkdir -p "$out"
+mkdir -p "$out" && touch "$out/log.txt" || exit 2
+if ! need=$("$PYTHON" - "$dry" <<'END' 2>&1
+import importlib.util, sys
+names = ("torch", "triton", "torchvision", "transformers", "scipy", "pytest", "xdist", "hypothesis", "matplotlib")
+missing = [name for name in names if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"on_gpu.sh: expected packages that {sys.executable} does not have: {', '.join(missing)}")
+import torch
+if not (sys.argv[1] or torch.cuda.is_available()):
+    sys.exit("on_gpu.sh: expected a GPU, or --dry-run; torch finds none")
+END
+); then
+    echo "$need" >&2
+    exit 2
+fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 [[ -n $dry ]] && export TRITON_INTERPRET=1
 exec > >(tee -a "$out/log.txt") 2>&1
@@ -119,21 +138,20 @@ correct() {
     wait_for_all
 }
 
+# the PyTorch formula (`fallback`) takes most of a minute for an encoder; it is measured by hand
 bench() {
-    local providers=(fallback triton triton_fused triton_tensors triton_unfused) peer
+    local providers=(triton triton_fused triton_tensors) peer
     for peer in torch_ms_deform_attn MultiScaleDeformableAttention mmcv deformops DCNv4; do
         "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$peer') is None)" && providers+=("$peer")
     done
-    if [[ -n $dry ]]; then
-        limited bench "$PYTHON" -m benchmarks.run --dry-run --device cpu --dtype bfloat16 --repeat 1 --out "$out" --limit 60
-    else
-        limited bench "$PYTHON" -m benchmarks.run --provider "${providers[@]}" --repeat 40 --out "$out" --limit 95
-    fi
+    local args=(--provider "${providers[@]}" --dtype bfloat16 float32 --repeat 30 --limit 95)
+    [[ -n $dry ]] && args=(--dry-run --device cpu --dtype bfloat16 --provider "${providers[@]}" --repeat 1 --limit 60)
+    limited bench "$PYTHON" -m benchmarks.run --out "$out" "${args[@]}"
 }
 
 tuned=(encoder decoder)
 tune() {
-    local args=(--workload "${tuned[@]}" --repeat 10)
+    local args=(--workload "${tuned[@]}" --repeat 10 --python "$out/table.py")
     [[ -n $dry ]] && args=(--dry-run --workload dry_decoder --dtype bfloat16 --distribution local)
     limited tune "$PYTHON" -m benchmarks.tune --out "$out" --limit 38 "${args[@]}"
 }
@@ -146,7 +164,10 @@ overhead() {
 }
 
 end_to_end() {
-    limited end_to_end "$PYTHON" -m benchmarks.end_to_end $dry --out "$out/end_to_end.csv" --limit 85
+    # a compiled model takes minutes: --mode compiled wants a call of its own
+    local mode=(--mode eager)
+    [[ -n $dry ]] && mode=()
+    limited end_to_end "$PYTHON" -m benchmarks.end_to_end $dry "${mode[@]}" --out "$out/end_to_end.csv" --limit 85
 }
 
 detector() {

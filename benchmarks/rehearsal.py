@@ -1,6 +1,7 @@
 """Where a program for a GPU runs: on one, or by --dry-run interpreted on a CPU."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,14 @@ from tests.interpreter import patch_the_language_once_a_launch
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; TRITON_INTERPRET=1 is needed")
+
+
+def make_folder(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Make the folder of --out, or an error of the parser."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder that can be made, got {path}: {error.strerror}")
 
 
 def device_of(parser: argparse.ArgumentParser, dry_run: bool) -> str:

@@ -8,6 +8,7 @@
 Without the variable a tensor lies within a larger piece of PyTorch's memory, and what is read past it is not noticed.
 """
 
+import argparse
 from collections.abc import Iterator
 
 import torch
@@ -73,6 +74,7 @@ def launches(device: str, levels: list[tuple[int, int]]) -> Iterator[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not (torch.cuda.is_available() or INTERPRETED):
         raise SystemExit("expected a GPU or TRITON_INTERPRET=1, torch finds no GPU")
     if INTERPRETED:

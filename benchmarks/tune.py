@@ -5,10 +5,11 @@
     python -m benchmarks.tune --compile 0/8                   # only compile, the first of eight parts: for many cores
     TRITON_INTERPRET=1 python -m benchmarks.tune --dry-run    # rehearsed on a CPU; its times mean nothing
 
-Workloads, dtypes and location distributions are those of the benchmark. Plans are compared and timed as `set_autotune`
-does it: one whose results are not those of the table's plan gets no time. A kind of call gets the configuration whose
-slowdown against the best of each case, averaged over its cases, is the least. Writes all times as CSV, each when it is
-known. The host knows the sizes of the levels, as in a detector: encoders take their queries in rectangles.
+Workloads, dtypes and location distributions are those of the benchmark. Plans are compared as by `set_autotune`: one
+whose results are not those of the table's plan gets no time. Calls of few rows are timed in a CUDA graph. A kind of
+call gets the configuration whose slowdown against the best of each case, averaged over its cases, is the least. Writes
+all times as CSV, each when it is known. The host knows the sizes of the levels, as in a detector: so configurations of
+rectangles have them.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks import gate
 from benchmarks.bench_op import TIMERS, graph_ms
-from benchmarks.rehearsal import add_dry_run, device_of
+from benchmarks.rehearsal import add_dry_run, device_of, make_folder
 from benchmarks.run import DRY_WORKLOADS, DTYPES, GPU_WORKLOADS, environment
 from benchmarks.workloads import DISTRIBUTIONS, WORKLOADS, Inputs, make_inputs
 from msda_triton.call import Call
@@ -36,7 +37,6 @@ from msda_triton.kernels import plan as plans
 
 CPU = torch.device("cpu")
 COLUMNS = ("workload", "distribution", "dtype", "provider", "direction", "kind", "config", "ms")
-GAIN = 1.02  # that a winner needs for a line of TABLE: less is noise
 
 
 def calls_of(x: Inputs) -> dict[str, Call]:
@@ -83,7 +83,7 @@ def time_call(
         def run(kernel, call: Call, arguments: dict, plan: plans.Plan, named=named, times=times) -> None:
             candidates = list(dict.fromkeys(named.values()))  # configurations may become the same
             start = functools.partial(launch.repeated, kernel, call, arguments)
-            times |= tuning.measure(candidates, start, arguments, lambda function: timer(function, repeat_ms)[0])
+            times |= tuning.measure(candidates, start, arguments, lambda function: timer(function, repeat_ms)[0])[0]
 
         launch_once(direction, call, grad_out, run)
         for name, plan in named.items():
@@ -144,7 +144,7 @@ def table_lines(rows: list[dict]) -> list[str]:
     return [
         f'TABLE["{direction}", "{kind}"]["{architecture()}"] = "{best}"  # {gain:.3f} times "{shipped}"'
         for direction, kind, shipped, best, gain in winners(rows)
-        if gain >= GAIN
+        if gain >= tuning.GAIN
     ]
 
 
@@ -167,7 +167,12 @@ def compile_part(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder for tune_sm_90.csv or its like (default: %(default)s)",
+    )
     parser.add_argument("--python", type=Path, metavar="FILE", help="where to write lines for TABLE (default: nowhere)")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: all of the benchmark")
     parser.add_argument(
@@ -190,7 +195,9 @@ def main() -> None:
     if args.compile:
         compile_part(*args.compile, [(w, t) for w in workloads for t in args.dtype], device)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parser, args.out)
+    if args.python and not args.python.parent.is_dir():
+        parser.error(f"--python: expected a file in a folder that exists, got {args.python}")
     place = environment(device) | {"architecture": architecture()}
     rows, path, end = [], args.out / f"tune_{architecture()}.csv", time.monotonic() + args.limit
     with path.open("w", newline="") as file:
@@ -212,8 +219,10 @@ def main() -> None:
     print(f"{'direction':10}{'kind':6} {'TABLE has':28}{'the fastest':28}  gain")
     for direction, kind, shipped, best, gain in winners(rows):
         print(f"{direction:10}{kind:6} {shipped:28}{best:28}{gain:5.3f}x")
+    lines = table_lines(rows)
+    print(*(lines or [f"nothing gains {tuning.GAIN - 1:.0%} over TABLE"]), sep="\n")
     if args.python:
-        args.python.write_text("".join(f"{line}\n" for line in table_lines(rows)))
+        args.python.write_text("".join(f"{line}\n" for line in lines))
         print(f"wrote {args.python}")
 
 

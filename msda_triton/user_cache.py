@@ -4,6 +4,7 @@ The folder is `msda_triton` in $XDG_CACHE_HOME, or in ~/.cache. It belongs to th
 it: what is in there decides what runs. Where there can be no such folder nothing is kept, and one line says why.
 """
 
+import contextlib
 import os
 import tempfile
 import warnings
@@ -25,6 +26,8 @@ def read(name: str) -> bytes | None:
             return None
         _check_owner(path.parent)
         _check_owner(path)
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError(f"{path}: expected a file")
         return path.read_bytes()
     except (OSError, RuntimeError) as error:
         _tell("read", error)
@@ -43,12 +46,15 @@ def write(name: str, content: bytes) -> bool:
         with open(number, "wb") as file:
             file.write(content)
         os.replace(part, path)
+        part = None
         return True
     except (OSError, RuntimeError) as error:
-        if part is not None and os.path.exists(part):
-            os.unlink(part)
         _tell("written", error)
         return False
+    finally:  # of an interrupt nothing stays either
+        if part is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
 
 
 def _check_owner(path: Path) -> None:

@@ -9,12 +9,15 @@ may find what an earlier call has left there. All three must launch the same.
 
 import argparse
 import random
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import fake_gpu
+from msda_triton import user_cache
 from msda_triton.checks import fused_call, plain_call
 from msda_triton.kernels import launch, tuning
 from msda_triton.kernels import plan as plans
@@ -193,6 +196,40 @@ def on_fake_devices(fake, key_of):
     return key
 
 
+def repeats(fake, call, grad_out: Tensor, case: Case) -> int:
+    """How many launches `launch.repeated` repeated, each with the same kernel, grid and arguments."""
+    number = 0
+
+    def run(kernel, call, arguments, plan):
+        nonlocal number
+        fake.launches.clear()
+        launch.repeated(kernel, call, arguments, plan, launch.run)()
+        first, second = (entry._replace(arguments=tuple(map(pointer, entry.arguments))) for entry in fake.launches)
+        assert first == second, f"{case}\nfirst:  {first}\nagain: {second}"
+        number += 1
+
+    launch.forward(call, run=run)
+    needs = [*case.needs[:3], case.needs[3] and call.reference_points is not None]
+    launch.backward(grad_out, call, needs, deterministic=case.deterministic, run=run)
+    return number
+
+
+def with_results(repeated):
+    """`launch.repeated` whose results are ones: a plan without any is not timed, and nothing is computed here."""
+
+    def run(kernel, call, arguments, plan, run):
+        for name in (*tuning.WRITTEN, tuning.SUMS):
+            if arguments.get(name) is not None:
+                arguments[name].fill_(1)
+        return repeated(kernel, call, arguments, plan, run)
+
+    return run
+
+
+def pointer(x):
+    return x.data_ptr() if isinstance(x, Tensor) else x
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=400, help="default: %(default)s")
@@ -209,8 +246,11 @@ def main() -> None:
         function()
         return next(times)  # the last one is the fastest
 
-    case, hits, kernels = random_case(rng), 0, set()
-    for _ in range(args.calls):
+    folder = tempfile.TemporaryDirectory()
+    user_cache.folder = lambda: Path(folder.name)
+    launch.repeated = with_results(launch.repeated)
+    case, hits, kernels, again = random_case(rng), 0, set(), 0
+    for number in range(args.calls):
         case = changed(rng, case) if rng.random() < 0.7 else random_case(rng)
         call, grad_out = call_of(case, rng)
         fake.device = case.device
@@ -224,7 +264,10 @@ def main() -> None:
         found = launches_of(fake, case, call, grad_out, None)
         assert found == want, f"{case}\nmade:  {want}\nfound: {found}"
         kernels |= {entry.binary for entry in want}
-    print(f"{args.calls} calls, {len(launch._launches)} launches kept, {len(kernels)} kernels, {hits} calls found all")
+        if number % 4 == 0:
+            again += repeats(fake, call, grad_out, case)
+    kept = len(launch._launches)
+    print(f"{args.calls} calls, {kept} launches kept, {len(kernels)} kernels, {hits} calls found all, {again} repeated")
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def test_bars():
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        (None, "csv: expected CSVs of benchmarks.run, got FileNotFoundError"),
-        ("a,b\n1,2\n", "csv: expected CSVs of benchmarks.run, got KeyError('workload')"),
+        (None, "x.csv: [Errno 2] No such file or directory"),
+        ("a,b\n1,2\n", "x.csv, which has no column 'workload'"),
         ("workload,distribution,dtype,provider,mode,timer,status\n", "csv: expected a time with local locations"),
     ],
 )

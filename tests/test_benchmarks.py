@@ -208,8 +208,8 @@ def test_wall_time_is_of_blocks_between_empty_queues(monkeypatch, on_gpu, block)
 
 @pytest.mark.parametrize("workload", ["l4_encoder", "tiny_encoder", "dry_encoder"])
 @pytest.mark.parametrize(("provider", "pixels"), [("triton", True), ("triton_fused", True), ("triton_tensors", False)])
-def test_encoders_run_rectangles_where_the_host_knows_the_sizes(monkeypatch, workload, provider, pixels):
-    """Nothing is computed: the launch is looked at."""
+def test_encoders_may_run_rectangles_where_the_host_knows_the_sizes(monkeypatch, workload, provider, pixels):
+    """Nothing is computed: the launch is looked at, and what a configuration of rectangles becomes for it."""
     launched = []
     monkeypatch.setattr(checks, "on_host", lambda x: False)  # tensors are the device's, as on a GPU
     monkeypatch.setattr(launch, "_run_directly", lambda kernel, call, arguments, plan: launched.append((call, plan)))
@@ -217,8 +217,11 @@ def test_encoders_run_rectangles_where_the_host_knows_the_sizes(monkeypatch, wor
     with torch.no_grad():
         PROVIDERS[provider].function(x)
     ((call, plan),) = launched
-    assert plans.kind_of(call, "forward").pixels == pixels
-    assert (plan.BLOCK_W > 0) == pixels
+    kind = plans.kind_of(call, "forward")
+    assert kind.pixels == pixels and (plan.BLOCK_W > 0) == pixels  # as the interpreter runs it
+    shipped = {sm: plans.named_plan(plans.choose(kind._replace(few=False), sm), kind, sm) for sm in ("sm_80", "sm_90")}
+    plain = provider != "triton_fused"
+    assert (shipped["sm_80"].BLOCK_W > 0) == (pixels and plain) and shipped["sm_90"].BLOCK_W == 0
 
 
 def test_the_baseline_comes_first():
@@ -286,7 +289,8 @@ def test_on_gpu_script_keeps_what_a_stage_left_when_another_fails(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith(("===", "---", "-m", "all"))]
     out = tmp_path / "out"
     assert [line.split(",")[0].split(" after")[0] for line in lines] == [
-        "=== tune", f"-m benchmarks.tune --out {out} --limit 38 --workload encoder decoder --repeat 10",
+        "=== tune", f"-m benchmarks.tune --out {out} --limit 38 --workload encoder decoder --repeat 10 "
+        f"--python {out}/table.py",
         "--- tune: exit 0", "=== knobs", "--- knobs: exit 3",
         "=== overhead", f"-m benchmarks.overhead --out {out}/overhead.csv --limit 16",
         "--- overhead: exit 0", "=== profile", "all: 0 s",

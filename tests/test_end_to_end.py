@@ -123,7 +123,7 @@ def test_the_limit_stops_before_the_next_case(tmp_path, monkeypatch, capsys):
         (["--out", "a.csv", "--limit", "-1"], "--limit: expected a number of seconds above 0, got '-1'"),
         (["--out", "a.csv", "--limit", "soon"], "--limit: expected a number of seconds above 0, got 'soon'"),
         (["--out", "a.txt"], "--out: expected a file that ends in .csv, got 'a.txt'"),
-        (["--out", "a.csv"], "--dry-run: expected where there is no GPU, got none"),
+        (["--out", "a.csv"], "expected a GPU, or --dry-run; torch finds none"),
     ],
 )
 def test_bad_arguments(arguments, message, monkeypatch, capsys):

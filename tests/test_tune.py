@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import gate, knobs, tune
 from benchmarks.workloads import WORKLOADS, make_inputs
-from msda_triton.kernels import launch
+from msda_triton.kernels import launch, tuning
 from msda_triton.kernels import plan as plans
 
 DRY = WORKLOADS["dry_encoder"]
@@ -55,8 +56,8 @@ def test_every_configuration_is_timed_once_with_zeroed_sums(runs):
         for direction, configs in plans.CONFIGS.items():
             assert sorted(name for d, _, name, _ in found if d == direction) == sorted(configs)
         assert all(ms == 5.0 for *_, ms in found)
-        # once to compare and once on the clock; configurations that become one plan are one
-        assert all(runs.count(plan) == 2 for plan in runs)
+        # once to compare and twice on the clock; configurations that become one plan are one
+        assert all(runs.count(plan) == 3 for plan in runs)
         runs.clear()
 
 
@@ -94,6 +95,13 @@ def test_rectangles_are_timed_where_queries_are_pixels(runs, monkeypatch):
     (decoder, *_), grad_out = list(calls(WORKLOADS["dry_decoder"])[0].values()), calls(WORKLOADS["dry_decoder"])[1]
     list(tune.time_call(decoder, grad_out, 1.0))
     assert runs and not any(plan.BLOCK_W for plan in runs)
+
+    def in_runs(call, direction):
+        kind, named = tune.named_plans(call, direction)
+        return kind, {name: replace(plan, BLOCK_W=0) for name, plan in named.items()}
+
+    with pytest.raises(AssertionError, match="rectangles: expected for pixels=True, got columns "):
+        list(tune.time_call(encoder, calls()[1], 1.0, in_runs))
     # sizes that only the device knows are what the benchmark timed once
     tensors = encoder.changed(spatial_shapes=torch.tensor(DRY.levels), level_sizes=())
     with pytest.raises(AssertionError, match="rectangles: expected for pixels=True, got columns "):
@@ -119,25 +127,83 @@ def test_the_mean_slowdown_over_the_cases_decides():
     assert tune.table_lines([row("lanes of 16", 1.01), row("many", 1.0)]) == []  # a gain of noise
 
 
-def test_the_program(runs, monkeypatch, tmp_path, capsys):
-    arguments = ["--dry-run", "--workload", "dry_decoder", "--dtype", "float32", "--distribution", "local"]
+PROGRAM = ["tune", "--dry-run", "--workload", "dry_decoder", "--dtype", "float32", "--distribution", "local"]
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_program(faster, runs, monkeypatch, tmp_path, capsys):
+    if faster:
+        monkeypatch.setattr(tune, "_once", lambda f, ms: f() or (1.0 if runs[-1].warps == 4 else 5.0,))
     places = ["--out", str(tmp_path / "new"), "--python", str(tmp_path / "t.py")]
-    monkeypatch.setattr(sys, "argv", ["tune", *arguments, *places])
+    monkeypatch.setattr(sys, "argv", [*PROGRAM, *places])
     monkeypatch.setattr(tune, "device_of", lambda parser, dry_run: "cpu")
     tune.main()
     with (tmp_path / "new/tune_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * sum(map(len, plans.CONFIGS.values()))
-    assert {r["torch"] for r in rows} == {torch.__version__} and {r["ms"] for r in rows} == {"5.0"}
-    assert (tmp_path / "t.py").read_text() == ""
+    assert {r["torch"] for r in rows} == {torch.__version__} and {r["ms"] for r in rows} >= {"5.0"}
     out = capsys.readouterr().out.splitlines()
-    assert out[-2].split() == ["backward", "large", "large", "large", "1.000x"]
+    lines = (tmp_path / "t.py").read_text().splitlines()
+    if faster:
+        assert lines == out[-1 - len(lines) : -1] and len(lines) >= 2
+        assert all(line.startswith('TABLE["') and '["cpu"] = ' in line and " # 5.000 times " in line for line in lines)
+    else:
+        assert lines == [] and out[-2] == "nothing gains 2% over TABLE"
+        assert out[-3].split() == ["backward", "large", "large", "large", "1.000x"]
+
+
+def test_the_limit_of_the_program(runs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tune, "device_of", lambda parser, dry_run: "cpu")
+    monkeypatch.setattr(sys, "argv", [*PROGRAM, "--out", str(tmp_path), "--limit", "-1"])
+    tune.main()
+    assert "dry_decoder local float32 and what follows are left out" in capsys.readouterr().out
+    assert len((tmp_path / "tune_cpu.csv").read_text().splitlines()) == 1
+
+
+def test_kernels_are_compiled_in_parts(monkeypatch):
+    def of_parts(parts):
+        found = []
+        for part in range(parts):
+            monkeypatch.setattr(tune, "compile_only", lambda plan, kernel, *a: found.append((part, str(kernel), plan)))  # noqa: B023
+            tune.compile_part(part, parts, [("dry_decoder", "float32")], "cpu")
+        return found
+
+    one, three = of_parts(1), of_parts(3)
+    assert len(one) >= 12 and Counter(f[1:] for f in one) == Counter(f[1:] for f in three)
+    assert max(Counter(f[0] for f in three).values()) <= len(one) // 3 + 1
+
+    def cannot(*arguments):
+        raise tuning.CANNOT_RUN[0](2, 1, "shared memory")
+
+    monkeypatch.setattr(tune, "compile_only", cannot)
+    tune.compile_part(0, 1, [("dry_decoder", "float32")], "cpu")
+
+
+def test_what_is_launched_of_a_fused_backward():
+    """All gradients, and sums of floats, whatever the caller's program asks of PyTorch."""
+    seen = []
+    call, grad_out = calls()[0]["triton_fused"], calls()[1]
+    torch.use_deterministic_algorithms(True)
+    try:
+        tune.launch_once("backward", call, grad_out, lambda k, c, arguments, p: seen.append(arguments))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(seen) == 1 and seen[0]["grad_ref_ptr"] is not None and seen[0]["scale_ptr"] is None
+
+
+@pytest.mark.parametrize("direction", plans.CONFIGS)
+def test_the_tables_plan_is_the_first(direction):
+    call = calls()[0]["triton"]
+    kind, named = tune.named_plans(call, direction)
+    assert next(iter(named)) == plans.choose(kind, tune.architecture())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--compile", "2/2"], "argument --compile: expected I/N with 0 <= I < N, got 2/2"),
+        (["--out", __file__], f"--out: expected a folder that can be made, got {__file__}: File exists"),
+        (["--python", "/no/such/t.py"], "--python: expected a file in a folder that exists, got /no/such/t.py"),
         (["--compile", "a"], "argument --compile: expected I/N with 0 <= I < N, got a"),
         ([], "TRITON_INTERPRET: expected 0 or unset without --dry-run, got 1"),
     ],
@@ -145,6 +211,8 @@ def test_the_program(runs, monkeypatch, tmp_path, capsys):
 def test_bad_arguments(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tune", *arguments])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if arguments:
+        monkeypatch.setattr(tune, "device_of", lambda parser, dry_run: "cpu")
     with pytest.raises(SystemExit):
         tune.main()
     assert message in capsys.readouterr().err
@@ -163,3 +231,22 @@ def test_knobs_are_the_table_s_plan_and_its_neighbours(direction):
     if direction == "forward":
         assert (table.PAIRS, named["pairs 0"].PAIRS) == (2, 0)
         assert named["unroll 1"] == replace(table, UNROLL=1, PAIRS=1)
+
+
+def test_knobs_are_relative_to_the_table(runs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(knobs, "device_of", lambda parser, dry_run: "cpu")
+    count = iter(range(1, 10**6))
+    monkeypatch.setattr(tune, "_once", lambda f, ms: f() or (float(next(count)),))
+    monkeypatch.setattr(sys, "argv", ["knobs", "--dry-run", "--out", str(tmp_path)])
+    knobs.main()
+    with (tmp_path / "knobs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    base = {}
+    for row in rows:
+        first = base.setdefault((row["provider"], row["direction"]), row)
+        assert first["change"] == "table"
+        assert float(row["relative"]) == pytest.approx(float(row["ms"]) / float(first["ms"]), rel=1e-3)
+    assert len(base) == 4 and {row["change"] for row in rows} > {"table", "warps 2"}
+    monkeypatch.setattr(sys, "argv", ["knobs", "--dry-run", "--out", str(tmp_path), "--limit", "-1"])
+    knobs.main()
+    assert "dry_decoder bfloat16 and what follows are left out" in capsys.readouterr().out

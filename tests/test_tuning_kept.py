@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import tuned
-from tuned import BOTH, assert_right, candidates, go, start
+from tuned import BOTH, assert_right, call_of, candidates, go, start
 
 from msda_triton import user_cache
+from msda_triton.checks import fused_call, plain_call
 from msda_triton.kernels import launch, tuning
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +66,75 @@ def test_what_a_winner_is_good_for(what, clock, monkeypatch):
     assert len(clock.timed) >= 3 and len(list(user_cache.folder().iterdir())) == 2
 
 
+def plain(sizes=((3, 4), (2, 2)), points=(2, 2), dtypes=(torch.float32,) * 3, wider=0, M=2):
+    S = sum(h * w for h, w in sizes)
+    value = torch.zeros(1, S, M, 32 + wider, dtype=dtypes[0])[..., :32]
+    locations = torch.zeros(1, 16, M, sum(points), 2, dtype=dtypes[1])
+    return plain_call(value, sizes, locations, torch.zeros(1, 16, M, sum(points), dtype=dtypes[2]), num_points=points)
+
+
+def fused(dim, levels, mask=False):
+    weights, points = torch.zeros(1, 16, 2, 2, 2), torch.zeros(1, 16, levels, dim)
+    mask = torch.zeros(1, 16, dtype=torch.bool) if mask else None
+    value, offsets = torch.zeros(1, 16, 2, 32), torch.zeros(1, 16, 2, 2, 2, 2)
+    return fused_call(value, [(3, 4), (2, 2)], points, offsets, weights, value_mask=mask)
+
+
+HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+TWO = {
+    "levels": (plain(points=(1, 3)), plain(((3, 4), (1, 2), (1, 2)), (1, 2, 1))),
+    "points of unequal levels": (plain(points=(1, 3)), plain(points=(2, 3))),
+    "numbers of a reference point": (fused(2, 1), fused(4, 1)),
+    "reference points of each level": (fused(2, 1), fused(2, 2)),
+    "rows of value that are wider": (plain(), plain(wider=8)),
+    "two half dtypes": (plain(dtypes=(HALF,) * 3), plain(dtypes=(BF16, HALF, HALF))),
+    "dtype of locations": (plain(), plain(dtypes=(F32, HALF, F32))),
+    "a mask": (fused(2, 1), fused(2, 1, True)),
+    "heads in equal rows": (plain(), plain(M=4)),
+}
+
+
+@pytest.mark.parametrize("what", TWO)
+def test_calls_of_two_classes(what, clock, monkeypatch):
+    keys = []
+    monkeypatch.setattr(tuning, "known", lambda key, plans: keys.append(key) or plans[0])
+    for call in TWO[what]:
+        launch.forward(call, run=clock.run)
+    assert keys[0] != keys[1]
+
+
+def test_gradients_that_are_asked_for(clock, monkeypatch):
+    keys = []
+    monkeypatch.setattr(tuning, "known", lambda key, plans: keys.append(json.dumps(key)) or plans[0])
+    call, grad_out = call_of()
+    for needs in ([True, True, True, False], [True, False, False, False], [False, True, True, False]):
+        launch.backward(grad_out, call, needs, run=clock.run)
+    assert len(set(keys)) == 3
+
+
+def test_the_name_is_of_the_calls_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert tuning._device_name.__wrapped__(torch.device("cuda", 1)) == "GPU cuda:1"
+
+
+def test_a_file_is_read_once(clock):
+    go("forward", clock)
+    another_process(clock)
+    go("forward", clock)
+    shutil.rmtree(user_cache.folder())
+    go("forward", clock)
+    assert clock.timed == []
+
+
+def test_the_candidate_runs_and_not_its_like_in_the_file(clock):
+    go("forward", clock)
+    (file,) = user_cache.folder().iterdir()
+    file.write_text(file.read_text().replace('"BLOCK_Q": 32', '"BLOCK_Q": 32.0'))
+    another_process(clock)
+    go("forward", clock)
+    assert clock.timed == [] and type(clock.runs[-1][0].BLOCK_Q) is int and "32.0" in file.read_text()
+
+
 def test_image_and_batch_size_are_not_in_the_key(clock, monkeypatch):
     go("forward", clock)
     monkeypatch.setattr(tuned, "LEVELS", [(5, 7), (2, 3)])
@@ -81,6 +152,7 @@ DAMAGED = {
     "no plan": lambda text: text.replace('"plan"', '"plans"'),
     "an unknown field": lambda text: text.replace('"BLOCK_Q"', '"BLOCK"'),
     "of another call": lambda text: text.replace('"M": 2', '"M": 3'),
+    "nested too deep": lambda text: "[" * 100_000,
     "no text": lambda text: "\udcff\udcfe",
 }
 
@@ -95,7 +167,7 @@ def test_a_damaged_file_is_one_line(how, clock):
     with pytest.warns(UserWarning) as caught:
         assert_right("forward", go("forward", clock))
     assert [str(w.message) for w in caught] == [f"set_autotune: {file} is damaged, and ignored"]
-    assert clock.timed == candidates("forward") and file.read_text() == good
+    assert clock.timed == candidates("forward") * 2 and file.read_text() == good
 
 
 def test_a_plan_that_is_no_candidate_any_more_is_timed_again(clock):
@@ -106,7 +178,7 @@ def test_a_plan_that_is_no_candidate_any_more_is_timed_again(clock):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         go("forward", clock)
-    assert clock.timed == candidates("forward")
+    assert clock.timed == candidates("forward") * 2
 
 
 PROCESS = """
@@ -132,7 +204,7 @@ def test_two_processes_at_once_share_a_cache(clock, monkeypatch, tmp_path):
     number = len(candidates("forward"))
     for process in both:
         # the one that comes second may find what the first one has left
-        assert process.communicate(timeout=200)[0] in (f"{number} True\n", "0 True\n")
+        assert process.communicate(timeout=200)[0] in (f"{2 * number} True\n", "0 True\n")
     monkeypatch.setattr(user_cache, "folder", lambda: tmp_path / "msda_triton")
     (file,) = user_cache.folder().iterdir()
     assert json.loads(file.read_text())["key"]["M"] == 2

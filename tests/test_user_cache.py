@@ -137,6 +137,37 @@ def test_what_cannot_be_finished_leaves_what_was_there(step, home, monkeypatch):
     assert (home / "msda_triton/a").read_bytes() == b"1"
 
 
+def test_an_interrupt_leaves_no_part(home, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        user_cache.write("a", b"1")
+    assert list(user_cache.folder().iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_file_is_not_read(make, home):
+    user_cache.folder().mkdir()
+    make(user_cache.folder() / "a")
+    with pytest.warns(UserWarning, match="cache is not read: .*/a: expected a file"):
+        assert user_cache.read("a") is None
+
+
+def test_the_new_file_is_made_in_the_folder_and_others_folders_are_not_changed(home, monkeypatch):
+    parts, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (parts.append(Path(a).parent), replace(a, b)))
+    assert user_cache.write("a", b"1") and parts == [user_cache.folder()]
+    user_cache.folder().chmod(0o755)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning):
+        patch.setattr(os, "getuid", lambda: 12345)
+        user_cache.write("a", b"2")
+    assert mode(user_cache.folder()) == 0o755
+    monkeypatch.delattr(os, "getuid")  # Windows
+    assert user_cache.write("a", b"3") and user_cache.read("a") == b"3"
+
+
 PROCESS = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("user_cache", "msda_triton/user_cache.py")

@@ -283,7 +283,7 @@ def _choose(run: Run, kernel, call: Call, arguments: dict) -> tuple[Plan, bool]:
                 return candidates[0], False
             start = functools.partial(repeated, kernel, call, arguments, run=run)
             plan = tuning.fastest(key, candidates, start, arguments)
-    return plan, True
+    return (candidates[0], False) if plan is None else (plan, True)
 
 
 def _batches(images: int, call: Call, *tensors: Tensor):

@@ -231,7 +231,16 @@ _INTERPRETED = {
 # measured: theirs were chosen by estimates. Nothing spills (`python -m benchmarks.compile_table`). sm_75 to sm_89 add
 # floats one by one.
 TABLE = {
-    ("forward", "many"): {"": "lanes of 16", "sm": "many", "gfx": "not rotated", "gfx1100": "large"},
+    ("forward", "many"): {
+        "": "lanes of 16",
+        "sm": "many",
+        "sm_75": "rectangles",
+        "sm_80": "rectangles",
+        "sm_86": "rectangles",
+        "sm_89": "rectangles",
+        "gfx": "not rotated",
+        "gfx1100": "large",
+    },
     ("forward", "half"): {"": "lanes of 16", "sm": "runs", "gfx": "not rotated", "gfx1100": "large"},
     ("forward", "few"): {"": "few"},
     ("forward", "large"): {"": "large", "sm": "one warp"},
@@ -256,7 +265,7 @@ TABLE = {
 # what `set_autotune(True)` times besides
 TIMED = {
     "forward": (
-        "many", "runs", "one warp", "rectangles", "lanes of 16", "lanes of 16, 128 registers", "not rotated", "few",
+        "many", "runs", "one warp", "rectangles", "lanes of 16", "lanes of 16, 128 registers", "few",
     ),
     "backward": ("many", "lanes of 8", "lanes of 16", "eight channels", "large"),
 }  # fmt: skip

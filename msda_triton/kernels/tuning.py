@@ -35,6 +35,7 @@ WRITTEN = ("out_ptr", "grad_loc_ptr", "grad_attn_ptr", "grad_ref_ptr")  # what i
 # These jump where a sample lies at a pixel's centre, on the one side of which a plan's rounding may see it, and another
 # plan's not: 7 of 11 million numbers on an H100. So this part of them may differ.
 JUMPING, _JUMPS = ("grad_loc_ptr", "grad_ref_ptr"), 1e-4
+GAIN = 1.02  # times faster than the table's plan: less is noise
 # of the arguments, what a class of calls is made of besides its `Kind`
 _CONSTANTS = ("M", "L", "K", "REF_DIM", "REF_L", "STRIDE_VS")
 
@@ -50,55 +51,75 @@ def table_decides() -> bool:
 
 def may_time(device: torch.device) -> bool:
     """Whether nobody records or compiles what is launched: that would be every repetition."""
-    return not torch.compiler.is_compiling() and not (
-        device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    )
+    if torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+class TellsNothing(Exception):
+    """A result is zero or not finite throughout: a plan that computes nothing would agree."""
 
 
 def known(key: dict, candidates: Sequence[Plan]) -> Plan | None:
     """The fastest of the candidates for a class of calls, if this process or an earlier one has timed them."""
     text = _text(key)
     if text not in _fastest:
-        plan = _read(key)
-        if plan in candidates:  # those of another version of the package are not what they were
-            _fastest[text] = plan
+        found = _read(key)
+        for plan in candidates:  # a file of another version may name one that is none any more
+            if plan == found:
+                _fastest[text] = plan
     return _fastest.get(text)
 
 
-def fastest(key: dict, candidates: Sequence[Plan], start: Start, arguments: dict) -> Plan:
+def fastest(key: dict, candidates: Sequence[Plan], start: Start, arguments: dict) -> Plan | None:
     """The fastest of the candidates, kept for the next call of the class. The first one is what runs untimed.
+
+    It stays if no other is faster by more than noise. Where a result was rejected another process decides anew. None if
+    the numbers of this call cannot tell a wrong plan from a right one: a later call may.
 
     Args:
         key: `key_of` the call. start, arguments: as in `measure`.
     """
     try:
-        ms = measure(candidates, start, arguments, timing)
+        # another thread may have switched timing off
+        ms, rejected = measure(candidates, start, arguments, timing or do_bench, launches=8 if key["few"] else 1)
+    except TellsNothing:
+        plan = None
     except torch.OutOfMemoryError:
         warnings.warn("set_autotune: out of memory while plans were timed; the table's plan runs", stacklevel=2)
         plan = candidates[0]
     else:
-        plan = min(candidates, key=ms.get)  # the first one if none can run, whose error the caller then sees
-        if ms[plan] < math.inf:
-            content = {"key": key, "plan": asdict(plan), "ms": [ms[p] for p in candidates if ms[p] < math.inf]}
+        plan = min(candidates, key=ms.get)
+        if ms[candidates[0]] < GAIN * ms[plan] or math.isinf(ms[plan]):
+            plan = candidates[0]  # if none can run the caller sees its error
+        if ms[plan] < math.inf and not rejected:
+            content = {"key": key, "plan": asdict(plan), "ms": ms[plan], "table_ms": ms[candidates[0]]}
             user_cache.write(_file(key), json.dumps(content, indent=1).encode())
     if arguments.get(SUMS) is not None:
         arguments[SUMS].zero_()
-    _fastest[_text(key)] = plan
+    if plan is not None:
+        _fastest[_text(key)] = plan
     return plan
 
 
-def measure(candidates: Sequence[Plan], start: Start, arguments: dict, ms_of: Callable) -> dict[Plan, float]:
-    """Milliseconds of each plan; infinite if the GPU cannot run it, or if its results are not the first one's.
+def measure(
+    candidates: Sequence[Plan], start: Start, arguments: dict, ms_of: Callable, launches: int = 1
+) -> tuple[dict[Plan, float], list[Plan]]:
+    """Milliseconds of each plan, infinite if the GPU cannot run it; and those whose results are not the first one's.
+
+    All are compiled and compared first, then timed twice in turn: the lesser time counts.
 
     Args:
         start: launches with a plan, and returns what launches the same again. arguments: of the kernel, by name. Its
-            results are lost. ms_of: milliseconds that a function of no arguments takes.
+            results are lost. ms_of: milliseconds that a function of no arguments takes. launches: timed at once, where
+            one takes little longer than a clock can tell.
+    Raises:
+        TellsNothing: for results that do not tell a wrong plan from a right one.
     """
     sums = arguments.get(SUMS)
     results = {name: arguments[name] for name in (*WRITTEN, SUMS) if arguments.get(name) is not None}
-    ms, wanted = {}, None
+    started, rejected, wanted = {}, [], None
     for plan in candidates:
-        ms[plan] = math.inf
         for name, result in results.items():
             result.zero_() if name == SUMS else result.fill_(math.nan)  # not written is wrong
         try:
@@ -107,18 +128,26 @@ def measure(candidates: Sequence[Plan], start: Start, arguments: dict, ms_of: Ca
             continue
         if wanted is None:
             wanted = {name: result.clone() for name, result in results.items()}
+            if not all((result.isfinite() & (result != 0)).any() for result in wanted.values()):
+                raise TellsNothing
         wrong = [name.removesuffix("_ptr") for name in results if not agree(name, results[name], wanted[name])]
         if wrong:
             warnings.warn(f"set_autotune: {plan} gives another {', '.join(wrong)}: not taken", stacklevel=2)
-            continue
+            rejected.append(plan)
+        else:
+            started[plan] = again
 
-        def call(again: Callable = again) -> None:
+    def call(again: Callable) -> None:
+        for _ in range(launches):
             if sums is not None:
                 sums.zero_()  # within the time, as in every backward: it leaves zeros in the cache
             again()
 
-        ms[plan] = ms_of(call)
-    return ms
+    ms = dict.fromkeys(candidates, math.inf)
+    for _ in range(2):
+        for plan, again in started.items():
+            ms[plan] = min(ms[plan], ms_of(functools.partial(call, again)) / launches)
+    return ms, rejected
 
 
 def agree(name: str, got: Tensor, want: Tensor) -> bool:
@@ -129,6 +158,8 @@ def agree(name: str, got: Tensor, want: Tensor) -> bool:
     largest = torch.where(want.isfinite(), want, 0).abs().max().item()
     # a result may be off by a rounding of its dtype, and by what cancels out in a sum of some hundred terms
     limits = {"rtol": 2 * torch.finfo(got.dtype).eps, "atol": 1024 * torch.finfo(acc).eps * largest}
+    if not torch.equal(got.isnan(), want.isnan()):
+        return False  # what is not written is no jump
     same = torch.isclose(got.to(acc), want.to(acc), equal_nan=True, **limits)
     return same.numel() - same.sum().item() <= (_JUMPS * same.numel() if name in JUMPING else 0)
 
@@ -165,7 +196,7 @@ def _read(key: dict) -> Plan | None:
     content = user_cache.read(_file(key))
     if content is None:
         return None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(content)
         if found["key"] == key:
             return Plan(**found["plan"])
