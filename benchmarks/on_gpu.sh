@@ -151,9 +151,9 @@ bench() {
 
 tuned=(encoder decoder)
 tune() {
-    local args=(--workload "${tuned[@]}" --repeat 10 --python "$out/table.py")
+    local args=(--workload "${tuned[@]}" --repeat 10)
     [[ -n $dry ]] && args=(--dry-run --workload dry_decoder --dtype bfloat16 --distribution local)
-    limited tune "$PYTHON" -m benchmarks.tune --out "$out" --limit 38 "${args[@]}"
+    limited tune "$PYTHON" -m benchmarks.tune --out "$out" --python "$out/table.py" --limit 38 "${args[@]}"
 }
 
 knobs() { limited knobs "$PYTHON" -m benchmarks.knobs $dry --out "$out" --limit 38; }

@@ -289,8 +289,8 @@ def test_on_gpu_script_keeps_what_a_stage_left_when_another_fails(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith(("===", "---", "-m", "all"))]
     out = tmp_path / "out"
     assert [line.split(",")[0].split(" after")[0] for line in lines] == [
-        "=== tune", f"-m benchmarks.tune --out {out} --limit 38 --workload encoder decoder --repeat 10 "
-        f"--python {out}/table.py",
+        "=== tune",
+        f"-m benchmarks.tune --out {out} --python {out}/table.py --limit 38 --workload encoder decoder --repeat 10",
         "--- tune: exit 0", "=== knobs", "--- knobs: exit 3",
         "=== overhead", f"-m benchmarks.overhead --out {out}/overhead.csv --limit 16",
         "--- overhead: exit 0", "=== profile", "all: 0 s",
