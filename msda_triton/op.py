@@ -346,9 +346,9 @@ _fallback_backward_op = torch.ops.msda_triton.fallback_backward.default
 def set_autotune(enabled: bool) -> None:
     """Whether the fastest of several kernel configurations is found by timing them. Off by default: a table decides.
 
-    On, the first call of each class (forward or backward, dtypes, heads, channels, levels, points; no image size) takes
-    seconds. What was found is kept in the user's cache folder for other processes, for this GPU and these versions of
-    torch, triton and this package: run a model once under it to tune ahead. A configuration whose results are not the
+    On, the first call of each class (forward or backward, dtypes, heads, channels, levels, points, few or many queries;
+    no image size) takes seconds. What was found is kept in the user's cache folder for other processes that switch it
+    on, for this GPU and these versions of torch, triton and this package: run a model once under it to tune ahead. A configuration whose results are not the
     table's is never taken. In a CUDA graph's capture and while PyTorch compiles nothing is timed: what is known runs,
     or the table's. Under `torch.use_deterministic_algorithms(True)` the table decides.
 
