@@ -10,6 +10,7 @@
 # pytest-xdist, hypothesis and matplotlib; nvcc, ncu and compute-sanitizer are used if they are there. MSDA_COMMIT names
 # the commit where there is no git.
 set -uo pipefail
+out=${OUT:+$(realpath -m "$OUT")} # as the caller's folder has it
 cd "$(dirname "$0")/.."
 
 order=(correct bench tune knobs overhead end_to_end detector hardware profile)
@@ -38,7 +39,7 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-out=${OUT:-benchmarks/results/gpu}
+out=${out:-benchmarks/results/gpu}
 mkdir -p "$out" && touch "$out/log.txt" || exit 2
 if ! need=$("$PYTHON" - "$dry" <<'END' 2>&1
 import importlib.util, sys
@@ -87,6 +88,7 @@ would() { echo "would run: $*"; }
 # beside NAME COMMAND...: in the background; `wait_for_all` prints the ends of their logs, and fails if one did
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; exit 130' INT TERM
 jobs=()
 beside() {
     local name=$1
@@ -99,6 +101,7 @@ wait_for_all() {
     for job in "${jobs[@]}"; do
         # kernels that are not compiled in time are compiled later
         wait "${job##*:}" || [[ $job == compile_* ]] || failed=1
+        grep -hE '^(FAIL|E  )' "$logs/${job%:*}" | head -n 40
         tail -n 12 "$logs/${job%:*}"
     done
     jobs=()
@@ -167,7 +170,7 @@ end_to_end() {
     # a compiled model takes minutes: --mode compiled wants a call of its own
     local mode=(--mode eager)
     [[ -n $dry ]] && mode=()
-    limited end_to_end "$PYTHON" -m benchmarks.end_to_end $dry "${mode[@]}" --out "$out/end_to_end.csv" --limit 85
+    limited end_to_end "$PYTHON" -m benchmarks.end_to_end $dry "${mode[@]}" --out "$out/end_to_end.csv" --limit 75
 }
 
 detector() {

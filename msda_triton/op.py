@@ -348,9 +348,10 @@ def set_autotune(enabled: bool) -> None:
 
     On, the first call of each class (forward or backward, dtypes, heads, channels, levels, points, few or many queries;
     no image size) takes seconds. What was found is kept in the user's cache folder for other processes that switch it
-    on, for this GPU and these versions of torch, triton and this package: run a model once under it to tune ahead. A configuration whose results are not the
-    table's is never taken. In a CUDA graph's capture and while PyTorch compiles nothing is timed: what is known runs,
-    or the table's. Under `torch.use_deterministic_algorithms(True)` the table decides.
+    on, for this GPU and these versions of torch, triton and this package: run a model once under it to tune ahead. A
+    configuration whose results are not the table's is never taken. In a CUDA graph's capture and while PyTorch compiles
+    nothing is timed: what is known runs, or the table's. Under `torch.use_deterministic_algorithms(True)` the table
+    decides.
 
     Raises:
         TypeError: no bool. RuntimeError: Triton is not installed.
