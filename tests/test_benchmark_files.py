@@ -215,6 +215,7 @@ sys.modules["msda_triton"].ms_deform_attn = ms_deform_attn
 """
 
 
+@pytest.mark.long
 def test_two_packages_in_turns(tmp_path):
     """The base is today's package, but for one error; so each side runs its own."""
     (tmp_path / "msda_triton").mkdir()

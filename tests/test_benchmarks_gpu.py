@@ -176,6 +176,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.long
 def test_variants_compile_and_leave_out_what_they_say(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
