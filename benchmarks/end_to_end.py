@@ -138,7 +138,7 @@ def modeling(name: str) -> str:
 
 
 def float32_attention(name: str) -> contextlib.AbstractContextManager:
-    """Within it the unpatched attention computes in float32, whatever the dtype of the model."""
+    """Within it transformers' own attention computes in float32: a model has no argument for that."""
     module = importlib.import_module(modeling(name))
     owner, attribute = module, "multi_scale_deformable_attention"
     if not hasattr(owner, attribute):
